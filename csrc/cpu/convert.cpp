@@ -1,0 +1,159 @@
+#include "cpu/convert.h"
+
+#include <cstring>
+
+#include "cpu/isa.h"
+
+namespace mlloss::cpu {
+namespace {
+
+MLLOSS_INLINE float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+MLLOSS_INLINE uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+MLLOSS_INLINE float widen(BFloat16 value) { return from_bits(uint32_t(value.bits) << 16); }
+
+// Integer arithmetic rather than a conversion instruction, so that the loop vectorises on every
+// instruction set.
+MLLOSS_INLINE float widen(Half value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000u) << 16;
+  // Exponent and fraction in fp32's places; the product with 2^112 mends the exponent's bias, and
+  // makes subnormals normal.
+  const float scaled = from_bits(uint32_t(value.bits & 0x7fffu) << 13) * 0x1p112f;
+  // Infinity and NaN come out as 2^16 and above.
+  const uint32_t magnitude = to_bits(scaled) | (scaled >= 65536.0f ? 0x7f800000u : 0u);
+  return from_bits(magnitude | sign);
+}
+
+template <class T>
+MLLOSS_INLINE T widen(T value) {
+  return value;
+}
+
+MLLOSS_INLINE void narrow(float value, float* out) { *out = value; }
+MLLOSS_INLINE void narrow(double value, double* out) { *out = value; }
+
+MLLOSS_INLINE void narrow(float value, BFloat16* out) {
+  const uint32_t bits = to_bits(value);
+  // Round to nearest even; NaN is kept apart, since the addition could carry it into infinity.
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  out->bits = static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : rounded);
+}
+
+MLLOSS_INLINE void narrow(float value, Half* out) {
+  const uint32_t bits = to_bits(value);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Normal results: mend the exponent's bias, round to nearest even on the 13 bits that go.
+  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: adding 0.5 lets the fp32 addition do the rounding.
+  const uint32_t subnormal = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and above round to infinity
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  out->bits = static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u));
+}
+
+template <class T, class Real>
+MLLOSS_INLINE void load_run(const void* data, int64_t offset, int64_t stride, int count, Real* out) {
+  const T* source = static_cast<const T*>(data) + offset;
+  if (stride == 1) {
+#pragma omp simd
+    for (int i = 0; i < count; ++i) out[i] = static_cast<Real>(widen(source[i]));
+  } else if (stride == 0) {
+    const Real value = static_cast<Real>(widen(source[0]));
+    for (int i = 0; i < count; ++i) out[i] = value;
+  } else {
+    for (int i = 0; i < count; ++i) out[i] = static_cast<Real>(widen(source[i * stride]));
+  }
+}
+
+// A bool is read as a byte: any nonzero byte counts as true.
+template <class Real>
+MLLOSS_INLINE void load_bools(const void* data, int64_t offset, int64_t stride, int count,
+                              Real* out) {
+  const uint8_t* source = static_cast<const uint8_t*>(data) + offset;
+#pragma omp simd
+  for (int i = 0; i < count; ++i) out[i] = source[i * stride] != 0 ? Real(1) : Real(0);
+}
+
+template <class Real>
+MLLOSS_INLINE void load_any(const void* data, Element element, int64_t offset, int64_t stride,
+                            int count, Real* out) {
+  switch (element) {
+    case Element::kBool: return load_bools(data, offset, stride, count, out);
+    case Element::kUint8: return load_run<uint8_t>(data, offset, stride, count, out);
+    case Element::kInt8: return load_run<int8_t>(data, offset, stride, count, out);
+    case Element::kInt32: return load_run<int32_t>(data, offset, stride, count, out);
+    case Element::kInt64: return load_run<int64_t>(data, offset, stride, count, out);
+    case Element::kHalf: return load_run<Half>(data, offset, stride, count, out);
+    case Element::kBFloat16: return load_run<BFloat16>(data, offset, stride, count, out);
+    case Element::kFloat: return load_run<float>(data, offset, stride, count, out);
+    case Element::kDouble: return load_run<double>(data, offset, stride, count, out);
+  }
+}
+
+template <class T, class Real>
+MLLOSS_INLINE void store_run(const Real* values, int count, void* data, int64_t offset) {
+  T* out = static_cast<T*>(data) + offset;
+#pragma omp simd
+  for (int i = 0; i < count; ++i) narrow(values[i], out + i);
+}
+
+}  // namespace
+
+MLLOSS_CLONES
+void load(const void* data, Element element, int64_t offset, int64_t stride, int count, float* out) {
+  load_any(data, element, offset, stride, count, out);
+}
+
+MLLOSS_CLONES
+void load(const void* data, Element element, int64_t offset, int64_t stride, int count,
+          double* out) {
+  load_any(data, element, offset, stride, count, out);
+}
+
+MLLOSS_CLONES
+void store(const float* values, int count, void* data, Element element, int64_t offset) {
+  switch (element) {
+    case Element::kHalf: return store_run<Half>(values, count, data, offset);
+    case Element::kBFloat16: return store_run<BFloat16>(values, count, data, offset);
+    default: return store_run<float>(values, count, data, offset);
+  }
+}
+
+void store(const double* values, int count, void* data, Element, int64_t offset) {
+  std::memcpy(static_cast<double*>(data) + offset, values, sizeof(double) * count);
+}
+
+int64_t element_size(Element element) {
+  switch (element) {
+    case Element::kBool:
+    case Element::kUint8:
+    case Element::kInt8: return 1;
+    case Element::kHalf:
+    case Element::kBFloat16: return 2;
+    case Element::kInt32:
+    case Element::kFloat: return 4;
+    case Element::kInt64:
+    case Element::kDouble: return 8;
+  }
+  return 0;
+}
+
+}  // namespace mlloss::cpu

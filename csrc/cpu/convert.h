@@ -1,0 +1,25 @@
+// Conversion of runs of elements between the dtypes of tensors and the arithmetic type.
+#pragma once
+#include <cstdint>
+
+#include "problem.h"
+
+namespace mlloss::cpu {
+
+// out[i] = data[offset + i * stride], i < count; `offset` and `stride` in elements.
+void load(const void* data, Element element, int64_t offset, int64_t stride, int count, float* out);
+void load(const void* data, Element element, int64_t offset, int64_t stride, int count, double* out);
+
+// data[offset + i] = values[i], rounded to nearest even; for the dtypes of logits.
+void store(const float* values, int count, void* data, Element element, int64_t offset);
+void store(const double* values, int count, void* data, Element element, int64_t offset);
+
+int64_t element_size(Element element);
+
+// data[index] of an int32 or int64 array.
+inline int64_t index_at(const void* data, Element element, int64_t index) {
+  return element == Element::kInt32 ? static_cast<const int32_t*>(data)[index]
+                                    : static_cast<const int64_t*>(data)[index];
+}
+
+}  // namespace mlloss::cpu

@@ -1,0 +1,356 @@
+// Forward and backward pass of losses that are a function of two sums over a row: of e^-x over its
+// positives and of e^x over its negatives. See math/multilabel_categorical_crossentropy.h.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "cpu/convert.h"
+#include "cpu/isa.h"
+#include "cpu/labels.h"
+#include "cpu/lanes.h"
+#include "cpu/work.h"
+#include "math/multilabel_categorical_crossentropy.h"
+#include "problem.h"
+
+namespace mlloss::cpu {
+
+template <class Real>
+struct RowTile {
+  int count = 0;
+  const Real* logits = nullptr;
+  LabelTile<Real> labels;
+};
+
+// ---- Loops over a tile ---------------------------------------------------------------------------
+
+// Where a maximum is infinite, the difference to it would be NaN, and the fast exponential does not
+// take positive arguments: element by element, with the C library.
+template <class Real>
+double sum_around_infinity(const Real* values, const Real* factors, int count) {
+  double sum = 0;
+  for (int i = 0; i < count; ++i) {
+    if (factors[i] != 0) sum += factors[i] * std::exp(static_cast<double>(values[i]));
+  }
+  return sum;
+}
+
+// Sum of factor * e^value over a tile, `factors` in [0, 1] or NaN.
+template <class Real>
+MLLOSS_INLINE ScaledSum<double> scaled_sum(const Real* values, const Real* factors, int count) {
+  const Real largest = lane_max(count, -kInfinity<Real>, [=](int i) MLLOSS_INLINE_LAMBDA {
+    return factors[i] != 0 ? values[i] : -kInfinity<Real>;
+  });
+  if (absolute(largest) == kInfinity<Real>) {
+    return {largest, sum_around_infinity(values, factors, count)};
+  }
+  const Real sum = lane_sum<Real>(count, [=](int i) MLLOSS_INLINE_LAMBDA {
+    const Real term = factors[i] * exp_nonpositive(values[i] - largest);
+    return factors[i] != 0 ? term : Real(0);
+  });
+  return {largest, sum};
+}
+
+// A tile without positives and without a mask: every element is a negative.
+template <class Real>
+MLLOSS_INLINE ScaledSum<double> scaled_sum(const Real* values, int count) {
+  const Real largest = lane_max(count, -kInfinity<Real>,
+                                [=](int i) MLLOSS_INLINE_LAMBDA { return values[i]; });
+  if (absolute(largest) == kInfinity<Real>) {
+    double sum = 0;
+    for (int i = 0; i < count; ++i) sum += std::exp(static_cast<double>(values[i]));
+    return {largest, sum};
+  }
+  const Real sum = lane_sum<Real>(
+      count, [=](int i) MLLOSS_INLINE_LAMBDA { return exp_nonpositive(values[i] - largest); });
+  return {largest, sum};
+}
+
+// Hard targets: one exponential per element, added to the side that the element is on.
+template <bool kMasked, class Real>
+MLLOSS_INLINE RowSums<double> hard_sums(const RowTile<Real>& tile) {
+  const Real* logits = tile.logits;
+  const uint8_t* hard = tile.labels.hard;
+  const uint8_t* observed = tile.labels.observed;
+  const auto on_side = [=](int i, bool positive) MLLOSS_INLINE_LAMBDA {
+    return (hard[i] != 0) == positive && (!kMasked || observed[i] != 0);
+  };
+  const Real most_positive =
+      lane_max(tile.count, -kInfinity<Real>, [=](int i) MLLOSS_INLINE_LAMBDA {
+        return on_side(i, true) ? -logits[i] : -kInfinity<Real>;
+      });
+  const Real most_negative =
+      lane_max(tile.count, -kInfinity<Real>, [=](int i) MLLOSS_INLINE_LAMBDA {
+        return on_side(i, false) ? logits[i] : -kInfinity<Real>;
+      });
+  if (most_positive == kInfinity<Real> || most_negative == kInfinity<Real>) {
+    Real values[kTile], factors[kTile];
+    RowSums<double> sums = RowSums<double>::empty();
+    for (const bool positive : {true, false}) {
+      for (int i = 0; i < tile.count; ++i) {
+        values[i] = positive ? -logits[i] : logits[i];
+        factors[i] = on_side(i, positive) ? Real(1) : Real(0);
+      }
+      (positive ? sums.positive : sums.negative) = scaled_sum(values, factors, tile.count);
+    }
+    return sums;
+  }
+  const Real positive_shift = shift_of(most_positive);
+  const Real negative_shift = shift_of(most_negative);
+  alignas(64) Real terms[kTile];
+#pragma omp simd
+  for (int i = 0; i < tile.count; ++i) {
+    const Real x = logits[i];
+    const Real e = exp_nonpositive(hard[i] != 0 ? -x - positive_shift : x - negative_shift);
+    terms[i] = kMasked && observed[i] == 0 ? Real(0) : e;
+  }
+  const Real positive_sum = lane_sum<Real>(tile.count, [&](int i) MLLOSS_INLINE_LAMBDA {
+    return hard[i] != 0 ? terms[i] : Real(0);
+  });
+  const Real negative_sum = lane_sum<Real>(tile.count, [&](int i) MLLOSS_INLINE_LAMBDA {
+    return hard[i] != 0 ? Real(0) : terms[i];
+  });
+  return {{most_positive, positive_sum}, {most_negative, negative_sum}};
+}
+
+// Any target and mask: factors y and 1 - y, 0 where masked.
+template <class Real>
+MLLOSS_INLINE RowSums<double> soft_sums(const RowTile<Real>& tile) {
+  Real values[kTile], factors[kTile];
+  const uint8_t* observed = tile.labels.observed;
+  RowSums<double> sums = RowSums<double>::empty();
+  for (int i = 0; i < tile.count; ++i) {
+    values[i] = -tile.logits[i];
+    const Real y = tile.labels.kind == TargetKind::kSoft ? tile.labels.soft[i] : Real(0);
+    factors[i] = observed == nullptr || observed[i] != 0 ? y : Real(0);
+  }
+  sums.positive = scaled_sum(values, factors, tile.count);
+  for (int i = 0; i < tile.count; ++i) {
+    const Real y = tile.labels.kind == TargetKind::kSoft ? tile.labels.soft[i] : Real(0);
+    factors[i] = observed == nullptr || observed[i] != 0 ? 1 - y : Real(0);
+  }
+  sums.negative = scaled_sum(tile.logits, factors, tile.count);
+  return sums;
+}
+
+template <class Real>
+MLLOSS_INLINE RowSums<double> sums_of_tile(const RowTile<Real>& tile) {
+  const bool masked = tile.labels.observed != nullptr;
+  if (tile.labels.kind == TargetKind::kHard) {
+    return masked ? hard_sums<true>(tile) : hard_sums<false>(tile);
+  }
+  if (tile.labels.kind == TargetKind::kNone && !masked) {
+    return {ScaledSum<double>::empty(), scaled_sum(tile.logits, tile.count)};
+  }
+  return soft_sums(tile);
+}
+
+// gradients[i] = scale * (-y k_p e^(-x - m_p) + (1 - y) k_n e^(x - m_n)), 0 where masked.
+template <class Real>
+MLLOSS_INLINE void gradients_of_tile(const RowTile<Real>& tile, const RowStatistics<Real>& statistics,
+                                     Real scale, Real* gradients) {
+  const Real positive_factor = -scale * statistics.positive_factor;
+  const Real negative_factor = scale * statistics.negative_factor;
+  const Real positive_shift = statistics.positive_shift;
+  const Real negative_shift = statistics.negative_shift;
+  const uint8_t* hard = tile.labels.hard;
+  const Real* soft = tile.labels.soft;
+  const uint8_t* observed = tile.labels.observed;
+  if (tile.labels.kind == TargetKind::kNone) {
+#pragma omp simd
+    for (int i = 0; i < tile.count; ++i) {
+      gradients[i] = negative_factor * exp_nonpositive(tile.logits[i] - negative_shift);
+    }
+  } else if (tile.labels.kind == TargetKind::kHard) {
+#pragma omp simd
+    for (int i = 0; i < tile.count; ++i) {
+      const bool is_positive = hard[i] != 0;
+      const Real x = tile.logits[i];
+      const Real e = exp_nonpositive(is_positive ? -x - positive_shift : x - negative_shift);
+      gradients[i] = (is_positive ? positive_factor : negative_factor) * e;
+    }
+  } else {
+#pragma omp simd
+    for (int i = 0; i < tile.count; ++i) {
+      const Real x = tile.logits[i], y = soft[i];
+      const Real positive = y * exp_nonpositive(-x - positive_shift);
+      const Real negative = (1 - y) * exp_nonpositive(x - negative_shift);
+      // Selected: an infinite logit may meet a factor of 0.
+      gradients[i] = (y == 0 ? Real(0) : positive_factor * positive) +
+                     (y == 1 ? Real(0) : negative_factor * negative);
+    }
+  }
+  if (observed != nullptr) {
+#pragma omp simd
+    for (int i = 0; i < tile.count; ++i) gradients[i] = observed[i] != 0 ? gradients[i] : Real(0);
+  }
+}
+
+// ---- The whole matrix ----------------------------------------------------------------------------
+
+template <class Real>
+class RowReader {
+ public:
+  explicit RowReader(const RowwiseProblem& problem) : problem_(problem), labels_(problem, true) {}
+
+  void start_row(int64_t row, int64_t begin, int64_t end) {
+    row_ = row;
+    labels_.start_row(row, begin, end);
+  }
+
+  RowTile<Real> tile(int64_t begin, int count) {
+    RowTile<Real> tile;
+    tile.count = count;
+    tile.labels = labels_.tile(begin, count);
+    const int64_t offset = row_ * problem_.row_stride + begin;
+    constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
+    if (problem_.element == kOwn) {
+      tile.logits = static_cast<const Real*>(problem_.logits) + offset;
+    } else {
+      load(problem_.logits, problem_.element, offset, 1, count, logits_);
+      tile.logits = logits_;
+    }
+    return tile;
+  }
+
+ private:
+  const RowwiseProblem& problem_;
+  int64_t row_ = 0;
+  LabelReader<Real> labels_;
+  alignas(64) Real logits_[kTile];
+};
+
+// The number of a row, 1 without data.
+inline double value_at(const Strided& array, int64_t row) {
+  if (array.data == nullptr) return 1;
+  double value;
+  load(array.data, array.element, row * array.row_stride, 0, 1, &value);
+  return value;
+}
+
+// A constant weight of a row: NaN where negative.
+inline double weight_at(const Strided& weight, int64_t row) {
+  const double value = value_at(weight, row);
+  return value < 0 ? kNaN<double> : value;
+}
+
+// Adds up row losses: weighs them, reduces them, writes loss and scale.
+template <class Real>
+void reduce_rows(const RowwiseProblem& problem, const std::vector<double>& losses,
+                 const ForwardOutput& output);
+
+// Loss: the row loss, with static finish(); `sums` wraps sums_of_tile.
+template <class Loss, class Real, class Sums>
+void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output, Sums sums) {
+  const Pieces pieces(problem.rows, problem.columns);
+  auto* statistics = static_cast<RowStatistics<Real>*>(output.statistics);
+  std::vector<double> losses(problem.rows);
+  // Sums of the pieces of long rows, to be combined in order.
+  std::vector<RowSums<double>> partial(pieces.per_row() > 1 ? pieces.count() : 0);
+  const auto finish = [&](int64_t row, const RowSums<double>& sum) {
+    losses[row] = Loss::finish(sum.positive, sum.negative, value_at(problem.threshold, row),
+                               statistics + row);
+  };
+  for_pieces(pieces, [&](int64_t first, int64_t last) {
+    RowReader<Real> reader(problem);
+    for (int64_t index = first; index < last; ++index) {
+      const Piece piece = pieces[index];
+      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+        reader.start_row(row, piece.column_begin, piece.column_end);
+        RowSums<double> sum = RowSums<double>::empty();
+        for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
+          const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
+          const RowTile<Real> tile = reader.tile(begin, count);
+          if (tile.labels.empty) continue;
+          const RowSums<double> part = sums(tile);
+          sum.positive = combine(sum.positive, part.positive);
+          sum.negative = combine(sum.negative, part.negative);
+        }
+        if (partial.empty()) {
+          finish(row, sum);
+        } else {
+          partial[index] = sum;
+        }
+      }
+    }
+  });
+  if (!partial.empty()) {
+    for (int64_t row = 0; row < problem.rows; ++row) {
+      RowSums<double> sum = RowSums<double>::empty();
+      for (int64_t i = row * pieces.per_row(); i < (row + 1) * pieces.per_row(); ++i) {
+        sum.positive = combine(sum.positive, partial[i].positive);
+        sum.negative = combine(sum.negative, partial[i].negative);
+      }
+      finish(row, sum);
+    }
+  }
+  reduce_rows<Real>(problem, losses, output);
+}
+
+// `gradients` wraps gradients_of_tile.
+template <class Loss, class Real, class Gradients>
+void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
+                      const BackwardOutput& output, Gradients gradients) {
+  const Pieces pieces(problem.rows, problem.columns);
+  const auto* statistics = static_cast<const RowStatistics<Real>*>(input.statistics);
+  auto* grad_threshold = static_cast<Real*>(output.grad_threshold);
+  constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
+  const auto scale_of = [&](int64_t row) {
+    const double weight = weight_at(problem.weight, row);
+    return weight == 0 ? 0.0 : weight * *input.scale * value_at(input.grad_output, row);
+  };
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    const double scale = scale_of(row);
+    const Real threshold = static_cast<Real>(value_at(problem.threshold, row));
+    const Real derivative = Loss::threshold_gradient(statistics[row], threshold);
+    grad_threshold[row] = scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
+  }
+  for_pieces(pieces, [&](int64_t first, int64_t last) {
+    RowReader<Real> reader(problem);
+    alignas(64) Real buffer[kTile];
+    for (int64_t index = first; index < last; ++index) {
+      const Piece piece = pieces[index];
+      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+        reader.start_row(row, piece.column_begin, piece.column_end);
+        const double scale = scale_of(row);
+        for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
+          const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
+          const int64_t offset = row * problem.columns + begin;
+          Real* out =
+              problem.element == kOwn ? static_cast<Real*>(output.grad_input) + offset : buffer;
+          const RowTile<Real> tile = reader.tile(begin, count);
+          if (tile.labels.empty || scale == 0) {
+            std::fill_n(out, count, Real(0));
+          } else {
+            gradients(tile, statistics[row], static_cast<Real>(scale), out);
+          }
+          if (out == buffer) store(buffer, count, output.grad_input, problem.element, offset);
+        }
+      }
+    }
+  });
+}
+
+template <class Real>
+void reduce_rows(const RowwiseProblem& problem, const std::vector<double>& losses,
+                 const ForwardOutput& output) {
+  auto* out = static_cast<Real*>(output.loss);
+  double total = 0, weights = 0, nonzero = 0;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    const double weight = weight_at(problem.weight, row);
+    const double loss = weight == 0 ? 0.0 : weight * losses[row];
+    if (problem.reduction == Reduction::kNone) out[row] = static_cast<Real>(loss);
+    total += loss;
+    weights += weight;
+    nonzero += weight != 0;
+  }
+  double denominator = static_cast<double>(problem.rows);
+  if (problem.reduction == Reduction::kNone || problem.reduction == Reduction::kSum) denominator = 1;
+  if (problem.reduction == Reduction::kMeanNonzero) denominator = nonzero;
+  if (problem.reduction == Reduction::kWeightedMean) denominator = weights;
+  if (problem.reduction == Reduction::kNormalizer) denominator = *problem.normalizer;
+  *output.scale = denominator == 0 ? 0 : 1 / denominator;
+  if (problem.reduction == Reduction::kNone) return;
+  *out = static_cast<Real>(denominator == 0 ? 0 : total / denominator);
+}
+
+}  // namespace mlloss::cpu

@@ -1,0 +1,83 @@
+// The only place that knows which compiler reads the kernels.
+//
+// Two compilers do: nvcc, for the GPU, and, with MLLOSS_EMULATED defined, a plain C++ compiler, for
+// the tests that run every CUDA thread as a fiber on the CPU (tests/emulation). Both see the same
+// kernel source, which is ordinary CUDA but for two constructs that C++ has no syntax for:
+//
+//   MLLOSS_LAUNCH(kernel, grid, block, stream, arguments...) -> cudaError_t
+//       kernel<<<grid, block, 0, stream>>>(arguments...). A kernel that is a template-id goes in
+//       parentheses: MLLOSS_LAUNCH((sum<float, 256>), grid, 256, stream, values, result).
+//   MLLOSS_SHARED_ARRAY(type, name, count)
+//       __shared__ type name[count]. It is aligned for `type` and no further: write the type that
+//       the widest access needs.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+#ifdef MLLOSS_EMULATED
+
+#include "emulator.h"
+
+#define MLLOSS_LAUNCH(kernel, grid, block, stream, ...) \
+  ::mlloss::emulation::launch(#kernel, kernel, grid, block, stream, __VA_ARGS__)
+
+#define MLLOSS_SHARED_ARRAY(type, name, count)                       \
+  static constinit ::mlloss::emulation::SharedArrayTag name##_tag{}; \
+  auto& name = ::mlloss::emulation::shared_array<type, (count)>(name##_tag)
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#define MLLOSS_LAUNCH(kernel, grid, block, stream, ...) \
+  (kernel<<<grid, block, 0, stream>>>(__VA_ARGS__), cudaGetLastError())
+
+#define MLLOSS_SHARED_ARRAY(type, name, count) __shared__ type name[count]
+
+#endif
+
+namespace mlloss {
+
+// What `.ftz` does to operands and results of the approximate instructions below. Off the GPU it is
+// imitated, so that tests see the same cut-offs far out: exp2_approx(-127) is 0, not 2^-127.
+__host__ __device__ __forceinline__ float flush_subnormal(float value) {
+  return fabsf(value) < FLT_MIN ? copysignf(0.0f, value) : value;
+}
+
+// 2^exponent; relative error 2^-22.
+__host__ __device__ __forceinline__ float exp2_approx(float exponent) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(exponent));
+  return result;
+#else
+  return flush_subnormal(exp2f(flush_subnormal(exponent)));
+#endif
+}
+
+// log2(value); absolute error 2^-22 for value in [0.5, 2], relative error 2^-22 elsewhere.
+__host__ __device__ __forceinline__ float log2_approx(float value) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  return flush_subnormal(log2f(flush_subnormal(value)));
+#endif
+}
+
+// 1 / value; relative error 2^-23, and 0 for |value| > 2^126.
+__host__ __device__ __forceinline__ float rcp_approx(float value) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  return flush_subnormal(1.0f / flush_subnormal(value));
+#endif
+}
+
+}  // namespace mlloss

@@ -1,0 +1,290 @@
+// Forward and backward kernels of losses that are a function of two sums over a row: of e^-x over its
+// positives and of e^x over its negatives. See math/multilabel_categorical_crossentropy.h.
+//
+// Bytes per element, s = size of a logit, t and u = bytes of target and mask (bool 1, sparse about 0,
+// float 4): forward s + t + u, backward 2 s + t + u. Expected limit: memory. Not measured on a GPU yet.
+#pragma once
+#include <cstdint>
+
+#include "cuda/pointwise.cuh"
+#include "cuda/reduce.cuh"
+#include "cuda/tiles.cuh"
+#include "cuda/vector.cuh"
+#include "math/multilabel_categorical_crossentropy.h"
+#include "problem.h"
+
+namespace mlloss::cuda {
+
+// Adds factor * e^value of a vector's elements; those with factor 0 are not looked at. The largest
+// value so far is what the sum is relative to: when it grows, the sum is brought along.
+template <class Real, int kCount>
+__device__ __forceinline__ void add_exponentials(ScaledSum<Real>& sum, const Real (&values)[kCount],
+                                                 const Real (&factors)[kCount]) {
+  Real largest = sum.largest;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (factors[i] != 0 && values[i] > largest) largest = values[i];
+  }
+  const Real shift = shift_of(largest);
+  // A sum of 0 stays 0: its factor may overflow, since its maximum is -inf.
+  if (sum.sum != 0) sum.sum *= exp_nonpositive(shift_of(sum.largest) - shift);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    if (factors[i] != 0) sum.sum += factors[i] * exp_nonpositive(values[i] - shift);
+  }
+  sum.largest = largest;
+}
+
+template <class Real>
+__device__ __forceinline__ ScaledSum<Real> shuffle_sum(ScaledSum<Real> sum, int lanes) {
+  return {__shfl_xor_sync(kFullWarp, sum.largest, lanes),
+          __shfl_xor_sync(kFullWarp, sum.sum, lanes)};
+}
+
+// The sums of each unit, one per segment of a row.
+template <class Scalar, bool kSoft>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    rowwise_sums(const RowwiseProblem problem, const Units units,
+                 RowSums<typename Arithmetic<Scalar>::Real>* __restrict__ sums) {  // [units]
+  using Real = typename Arithmetic<Scalar>::Real;
+  constexpr int kCount = kWidth<Scalar>;
+  constexpr int kUnroll = kSoft ? 1 : kPerThread / kCount;  // reading any dtype is long code
+  using Tiles = LabelTiles<Real, kCount, kSoft>;
+  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kTileWidth / 32);
+  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kTileWidth / 32);
+  MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, kSoft>::kValues));
+  MLLOSS_SHARED_ARRAY(ScaledSum<Real>, warps, kWarps);
+
+  Tiles labels(problem, target_bitmap, mask_bitmap, values);
+  for (int64_t unit = blockIdx.x; unit < units.count; unit += gridDim.x) {
+    const Segment<Scalar> segment(problem, units, unit);
+    labels.start_row(segment.row, segment.shift);
+    RowSums<Real> sum = RowSums<Real>::empty();
+    for (int64_t begin = segment.begin; begin < segment.end; begin += kTileWidth) {
+      labels.start_tile(begin);
+#pragma unroll kUnroll
+      for (int k = 0; k < kPerThread / kCount; ++k) {
+        const int offset = (k * kThreads + static_cast<int>(threadIdx.x)) * kCount;
+        const int64_t column = begin + offset - segment.shift;
+        const Extent extent = extent_of<kCount>(column, problem.columns);
+        if (extent.first >= extent.last) continue;
+        Real x[kCount], minus_x[kCount], positive[kCount], negative[kCount];
+        load_logits(segment.logits, column, extent, Real(0), x);
+        const VectorLabels<Real, kCount> vector = labels.vector(offset, extent);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (!labels.is_valid()) x[i] = kNaN<Real>;
+          minus_x[i] = -x[i];
+          const bool observed = vector.observed >> i & 1u;
+          const bool is_positive = vector.positive >> i & 1u;
+          const Real y = kSoft ? vector.target[i] : is_positive ? Real(1) : Real(0);
+          positive[i] = observed ? y : Real(0);
+          negative[i] = observed ? 1 - y : Real(0);
+        }
+        // Among many labels few are positive: most threads skip their side.
+        if (kSoft || (vector.positive & vector.observed) != 0) {
+          add_exponentials(sum.positive, minus_x, positive);
+        }
+        add_exponentials(sum.negative, x, negative);
+      }
+    }
+    const auto merge = [](ScaledSum<Real> a, ScaledSum<Real> b) { return combine(a, b); };
+    const auto shuffle = [](ScaledSum<Real> a, int lanes) { return shuffle_sum(a, lanes); };
+    sum.positive = block_reduce(sum.positive, warps, merge, shuffle);
+    sum.negative = block_reduce(sum.negative, warps, merge, shuffle);
+    if (threadIdx.x == 0) sums[unit] = sum;
+  }
+}
+
+// The constant weight of a row: NaN where negative.
+template <class Real>
+__device__ __forceinline__ Real row_weight(const RowwiseProblem& problem, int64_t row) {
+  const Strided& weight = problem.weight;
+  if (weight.data == nullptr) return 1;
+  const Real value = load_one<Real>(weight.data, weight.element, row * weight.row_stride);
+  return value < 0 ? kNaN<Real> : value;
+}
+
+__device__ __forceinline__ double row_threshold(const RowwiseProblem& problem, int64_t row) {
+  const Strided& threshold = problem.threshold;
+  return load_one<double>(threshold.data, threshold.element, row * threshold.row_stride);
+}
+
+// One thread per row: combines its segments in order, and takes the loss from the sums.
+template <class Loss, class Real>
+__global__ void __launch_bounds__(kThreads)
+    rowwise_finish(const RowwiseProblem problem, const Units units,
+                   const RowSums<Real>* __restrict__ sums,          // [N, segments]
+                   RowStatistics<Real>* __restrict__ statistics,    // [N]
+                   double* __restrict__ weighted,                   // [N]
+                   Real* __restrict__ losses) {                     // [N] or nullptr
+  for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < problem.rows;
+       row += int64_t(gridDim.x) * kThreads) {
+    RowSums<double> sum = RowSums<double>::empty();
+    for (int64_t i = row * units.per_row; i < (row + 1) * units.per_row; ++i) {
+      const RowSums<Real> part = sums[i];
+      sum.positive = combine(sum.positive, ScaledSum<double>{part.positive.largest, part.positive.sum});
+      sum.negative = combine(sum.negative, ScaledSum<double>{part.negative.largest, part.negative.sum});
+    }
+    const double loss =
+        Loss::finish(sum.positive, sum.negative, row_threshold(problem, row), statistics + row);
+    const double weight = row_weight<double>(problem, row);
+    weighted[row] = weight == 0 ? 0 : weight * loss;
+    if (losses != nullptr) losses[row] = static_cast<Real>(weighted[row]);
+  }
+}
+
+// Adds up the weighted losses of the rows in order and divides: one block.
+template <class Real>
+__global__ void __launch_bounds__(kThreads)
+    rowwise_reduce(const RowwiseProblem problem, const double* __restrict__ weighted,  // [N]
+                   Real* __restrict__ loss,                                           // 0-d
+                   double* __restrict__ scale) {                                      // 0-d
+  MLLOSS_SHARED_ARRAY(double, warps, kWarps);
+  const Reduction reduction = problem.reduction;
+  double total = 0, counted = 0;
+  for (int64_t row = threadIdx.x; row < problem.rows; row += kThreads) {
+    total += weighted[row];
+    if (reduction == Reduction::kMeanNonzero) counted += row_weight<double>(problem, row) != 0;
+    if (reduction == Reduction::kWeightedMean) counted += row_weight<double>(problem, row);
+  }
+  total = block_sum(total, warps);
+  counted = block_sum(counted, warps);
+  if (threadIdx.x != 0) return;
+  double denominator = static_cast<double>(problem.rows);
+  if (reduction == Reduction::kSum || reduction == Reduction::kNone) denominator = 1;
+  if (reduction == Reduction::kMeanNonzero || reduction == Reduction::kWeightedMean) {
+    denominator = counted;
+  }
+  if (reduction == Reduction::kNormalizer) denominator = *problem.normalizer;
+  *scale = denominator == 0 ? 0 : 1 / denominator;
+  if (reduction != Reduction::kNone) {
+    *loss = static_cast<Real>(denominator == 0 ? 0 : total / denominator);
+  }
+}
+
+template <class Loss, class Scalar, bool kSoft>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    rowwise_backward(const RowwiseProblem problem, const Units units, const BackwardInput input,
+                     Scalar* __restrict__ grad_input,  // [N, C]
+                     typename Arithmetic<Scalar>::Real* __restrict__ grad_threshold) {  // [N]
+  using Real = typename Arithmetic<Scalar>::Real;
+  constexpr int kCount = kWidth<Scalar>;
+  constexpr int kUnroll = kSoft ? 1 : kPerThread / kCount;  // reading any dtype is long code
+  using Tiles = LabelTiles<Real, kCount, kSoft>;
+  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kTileWidth / 32);
+  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kTileWidth / 32);
+  MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, kSoft>::kValues));
+
+  Tiles labels(problem, target_bitmap, mask_bitmap, values);
+  const auto* statistics = static_cast<const RowStatistics<Real>*>(input.statistics);
+  for (int64_t unit = blockIdx.x; unit < units.count; unit += gridDim.x) {
+    const Segment<Scalar> segment(problem, units, unit);
+    const int64_t row = segment.row;
+    const RowStatistics<Real> own = statistics[row];
+    const double weight = row_weight<double>(problem, row);
+    const double upstream = load_one<double>(input.grad_output.data, input.grad_output.element,
+                                             row * input.grad_output.row_stride);
+    const Real scale =
+        weight == 0 ? Real(0) : static_cast<Real>(weight * upstream * *input.scale);
+    const Real positive_factor = -scale * own.positive_factor;
+    const Real negative_factor = scale * own.negative_factor;
+    if (threadIdx.x == 0 && unit % units.per_row == 0) {
+      const Real threshold = static_cast<Real>(row_threshold(problem, row));
+      grad_threshold[row] =
+          scale == 0 ? Real(0) : scale * Loss::threshold_gradient(own, threshold);
+    }
+    Scalar* gradient_row = grad_input + row * problem.columns;
+    labels.start_row(row, segment.shift);
+    for (int64_t begin = segment.begin; begin < segment.end; begin += kTileWidth) {
+      labels.start_tile(begin);
+#pragma unroll kUnroll
+      for (int k = 0; k < kPerThread / kCount; ++k) {
+        const int offset = (k * kThreads + static_cast<int>(threadIdx.x)) * kCount;
+        const int64_t column = begin + offset - segment.shift;
+        const Extent extent = extent_of<kCount>(column, problem.columns);
+        if (extent.first >= extent.last) continue;
+        Real x[kCount], gradient[kCount];
+        load_logits(segment.logits, column, extent, Real(0), x);
+        const VectorLabels<Real, kCount> vector = labels.vector(offset, extent);
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (!labels.is_valid()) x[i] = kNaN<Real>;
+          if constexpr (kSoft) {
+            // Selected: an infinite logit may meet a factor of 0.
+            const Real y = vector.target[i];
+            const Real positive = y * exp_nonpositive(-x[i] - own.positive_shift);
+            const Real negative = (1 - y) * exp_nonpositive(x[i] - own.negative_shift);
+            gradient[i] = (y == 0 ? Real(0) : positive_factor * positive) +
+                          (y == 1 ? Real(0) : negative_factor * negative);
+          } else {
+            const bool is_positive = vector.positive >> i & 1u;
+            const Real exponent =
+                is_positive ? -x[i] - own.positive_shift : x[i] - own.negative_shift;
+            gradient[i] =
+                (is_positive ? positive_factor : negative_factor) * exp_nonpositive(exponent);
+          }
+          if (scale == 0 || !(vector.observed >> i & 1u)) gradient[i] = 0;
+        }
+        store_gradients(gradient_row, column, extent, gradient);
+      }
+    }
+  }
+}
+
+// ---- Launching -----------------------------------------------------------------------------------
+
+// Bytes of scratch memory that a forward pass needs: sums per segment, losses per row.
+inline int64_t rowwise_workspace(const RowwiseProblem& problem) {
+  return problem.rows * static_cast<int64_t>(sizeof(double)) +
+         units_of(problem).count * static_cast<int64_t>(sizeof(RowSums<double>));
+}
+
+template <class Loss, class Scalar>
+cudaError_t launch_rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
+                                   void* workspace, cudaStream_t stream) {
+  using Real = typename Arithmetic<Scalar>::Real;
+  const Units units = units_of(problem);
+  auto* weighted = static_cast<double*>(workspace);                        // [N]
+  auto* sums = reinterpret_cast<RowSums<Real>*>(weighted + problem.rows);  // [N, segments]
+  auto* statistics = static_cast<RowStatistics<Real>*>(output.statistics);
+  auto* loss = static_cast<Real*>(output.loss);
+  const bool per_row = problem.reduction == Reduction::kNone;
+  if (problem.rows > 0) {
+    const dim3 grid = grid_of(units.count, kMaxBlocks);
+    cudaError_t error;
+    if (sizeof(Scalar) == 8 || needs_soft(problem)) {
+      error = MLLOSS_LAUNCH((rowwise_sums<Scalar, true>), grid, dim3(kThreads), stream, problem,
+                            units, sums);
+    } else {
+      error = MLLOSS_LAUNCH((rowwise_sums<Scalar, sizeof(Scalar) == 8>), grid, dim3(kThreads),
+                            stream, problem, units, sums);
+    }
+    if (error != cudaSuccess) return error;
+    const dim3 row_grid = grid_of((problem.rows + kThreads - 1) / kThreads, kMaxBlocks);
+    error = MLLOSS_LAUNCH((rowwise_finish<Loss, Real>), row_grid, dim3(kThreads), stream, problem,
+                          units, sums, statistics, weighted, per_row ? loss : nullptr);
+    if (error != cudaSuccess) return error;
+  }
+  return MLLOSS_LAUNCH((rowwise_reduce<Real>), dim3(1), dim3(kThreads), stream, problem, weighted,
+                       loss, output.scale);
+}
+
+template <class Loss, class Scalar>
+cudaError_t launch_rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
+                                    const BackwardOutput& output, cudaStream_t stream) {
+  using Real = typename Arithmetic<Scalar>::Real;
+  const Units units = units_of(problem);
+  if (units.count == 0) return cudaSuccess;
+  const dim3 grid = grid_of(units.count, kMaxBlocks);
+  auto* grad_input = static_cast<Scalar*>(output.grad_input);
+  auto* grad_threshold = static_cast<Real*>(output.grad_threshold);
+  if (sizeof(Scalar) == 8 || needs_soft(problem)) {
+    return MLLOSS_LAUNCH((rowwise_backward<Loss, Scalar, true>), grid, dim3(kThreads), stream,
+                         problem, units, input, grad_input, grad_threshold);
+  }
+  return MLLOSS_LAUNCH((rowwise_backward<Loss, Scalar, sizeof(Scalar) == 8>), grid, dim3(kThreads),
+                       stream, problem, units, input, grad_input, grad_threshold);
+}
+
+}  // namespace mlloss::cuda

@@ -1,0 +1,279 @@
+// How a block walks over a matrix, and how it gets the targets and masks of what it sees.
+//
+// Rows are split into segments of kTilesPerSegment tiles; a segment of a row is the unit of work of a
+// block. The split depends on the shape alone, so results do not depend on the GPU.
+#pragma once
+#include <cstdint>
+
+#include "cuda/vector.cuh"
+#include "math/scalar.h"
+#include "problem.h"
+
+namespace mlloss::cuda {
+
+constexpr int kThreads = 256;
+constexpr int kPerThread = 16;  // elements of a tile that a thread handles
+constexpr int kTileWidth = kThreads * kPerThread;
+constexpr int kTilesPerSegment = 16;
+// Asking for no more than this leaves every thread up to 128 registers, so that nothing is spilled.
+constexpr int kBlocksPerMultiprocessor = 2;
+constexpr int64_t kSegmentWidth = int64_t(kTileWidth) * kTilesPerSegment;
+
+struct Units {
+  int64_t per_row;  // segments of a row
+  int64_t count;
+};
+
+// A row may begin up to 7 elements (kWidth - 1) behind a 16-byte boundary.
+inline Units units_of(const Problem& problem) {
+  const int64_t per_row = (problem.columns + 7 + kSegmentWidth - 1) / kSegmentWidth;
+  return {per_row, problem.rows * per_row};
+}
+
+// The positions of one unit: a segment of a row.
+template <class Scalar>
+struct Segment {
+  int64_t row;
+  int64_t begin, end;  // positions
+  int shift;           // position = column + shift
+  const Scalar* logits;
+
+  __device__ __forceinline__ Segment(const Problem& problem, Units units, int64_t unit) {
+    row = unit / units.per_row;
+    logits = static_cast<const Scalar*>(problem.logits) + row * problem.row_stride;
+    shift = static_cast<int>(reinterpret_cast<uintptr_t>(logits) / sizeof(Scalar) % kWidth<Scalar>);
+    begin = unit % units.per_row * kSegmentWidth;
+    const int64_t row_end = problem.columns + shift;
+    end = begin + kSegmentWidth < row_end ? begin + kSegmentWidth : row_end;
+  }
+};
+
+// The labels of a vector of kCount elements.
+template <class Real, int kCount>
+struct VectorLabels {
+  uint32_t positive;  // bit i: element i is a positive (hard targets)
+  uint32_t observed;  // bit i: element i is in the row and not masked
+  Real target[kCount];  // soft targets, NaN where invalid
+};
+
+// Shared memory of sparse labels. Of a target or mask a tile's labels become a bitmap; of soft
+// targets, an array of numbers.
+template <class Real, bool kSoft>
+struct SharedLabels {
+  using Bits = unsigned;
+  static constexpr int kValues = 1;
+};
+template <>
+struct SharedLabels<float, true> {
+  using Bits = unsigned;
+  static constexpr int kValues = kTileWidth;
+};
+template <>
+struct SharedLabels<double, true> {
+  using Bits = unsigned long long;
+  static constexpr int kValues = kTileWidth;
+};
+
+__device__ __forceinline__ unsigned bits_of(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ unsigned long long bits_of(double value) {
+  return static_cast<unsigned long long>(__double_as_longlong(value));
+}
+__device__ __forceinline__ float real_of(unsigned bits) { return __uint_as_float(bits); }
+__device__ __forceinline__ double real_of(unsigned long long bits) {
+  return __longlong_as_double(static_cast<long long>(bits));
+}
+
+// Reads the labels of a row tile by tile. kSoft: targets are wanted as numbers.
+template <class Real, int kCount, bool kSoft>
+class LabelTiles {
+ public:
+  using Bits = typename SharedLabels<Real, kSoft>::Bits;
+
+  // The arrays are in shared memory: bitmaps [kTileWidth / 32], values [SharedLabels::kValues].
+  __device__ __forceinline__ LabelTiles(const Problem& problem, unsigned* target_bitmap,
+                                        unsigned* mask_bitmap, Bits* values)
+      : problem_(problem),
+        target_bitmap_(target_bitmap),
+        mask_bitmap_(mask_bitmap),
+        values_(values) {}
+
+  __device__ __forceinline__ void start_row(int64_t row, int shift) {
+    row_ = row;
+    shift_ = shift;
+    valid_ = find_entries(problem_.target, target_first_, target_last_) &&
+             find_entries(problem_.mask, mask_first_, mask_last_);
+  }
+
+  // All threads of the block call this before they ask for vectors of the tile at `begin`.
+  __device__ __forceinline__ void start_tile(int64_t begin) {
+    begin_ = begin;
+    const bool sparse_target = target_first_ < target_last_;
+    const bool sparse_mask = problem_.mask.format == Format::kSparse;
+    if (!valid_ || (!sparse_target && !sparse_mask)) return;
+    __syncthreads();  // the previous tile has been read
+    for (int i = threadIdx.x; i < kTileWidth / 32; i += kThreads) {
+      target_bitmap_[i] = 0;
+      mask_bitmap_[i] = 0;
+    }
+    const bool has_values = kSoft && problem_.target.values != nullptr;
+    if (has_values) {
+      for (int i = threadIdx.x; i < kTileWidth; i += kThreads) values_[i] = 0;
+    }
+    __syncthreads();
+    bool out_of_range = false;
+    if (has_values) {
+      out_of_range |= mark_values();
+    } else {
+      out_of_range |= mark_bits(problem_.target, target_first_, target_last_, target_bitmap_);
+    }
+    out_of_range |= mark_bits(problem_.mask, mask_first_, mask_last_, mask_bitmap_);
+    if (__syncthreads_or(out_of_range)) valid_ = false;
+  }
+
+  // False if the labels of this row cannot be told; all its elements are NaN then. Every tile looks
+  // at all entries of the row, so all tiles agree.
+  __device__ __forceinline__ bool is_valid() const { return valid_; }
+
+  // Labels of the vector at `offset` within the tile, of whose elements `extent` are in the row.
+  __device__ __forceinline__ VectorLabels<Real, kCount> vector(int offset, Extent extent) const {
+    VectorLabels<Real, kCount> labels;
+    const uint32_t inside = ((1u << extent.last) - 1u) & ~((1u << extent.first) - 1u);
+    labels.positive = 0;
+    labels.observed = inside;
+    if (!valid_) {
+      if constexpr (kSoft) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) labels.target[i] = kNaN<Real>;
+      }
+      return labels;
+    }
+    const int64_t column = begin_ + offset - shift_;
+    read_target(offset, column, extent, labels);
+    const Labels& mask = problem_.mask;
+    if (mask.data != nullptr) {
+      labels.observed &= mask.format == Format::kSparse
+                             ? bitmap_at(mask_bitmap_, offset)
+                             : load_bits<kCount>(address_of(mask, column), mask.column_stride, extent);
+    }
+    return labels;
+  }
+
+ private:
+  // The entries of this row; false if the offsets are no valid boundaries.
+  __device__ __forceinline__ bool find_entries(const Labels& labels, int64_t& first,
+                                               int64_t& last) const {
+    first = last = 0;
+    if (labels.format != Format::kSparse) return true;
+    first = index_at(labels.offsets, labels.element, row_);
+    last = index_at(labels.offsets, labels.element, row_ + 1);
+    return first >= 0 && first <= last && last <= labels.entries;
+  }
+
+  // Sets the bits of the entries within this tile; returns whether an index is out of range.
+  __device__ __forceinline__ bool mark_bits(const Labels& labels, int64_t first, int64_t last,
+                                            unsigned* bitmap) const {
+    bool out_of_range = false;
+    for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
+      const int64_t column = index_at(labels.data, labels.element, i);
+      const int64_t place = column + shift_ - begin_;
+      out_of_range |= column >= problem_.columns;
+      if (column >= 0 && column < problem_.columns && place >= 0 && place < kTileWidth) {
+        atomicOr(&bitmap[place / 32], 1u << (place % 32));
+      }
+    }
+    return out_of_range;
+  }
+
+  // The same for soft targets. Of duplicates the largest wins; the bits of numbers that are not
+  // negative are ordered as the numbers are. Invalid values become infinite, NaN when they are read.
+  __device__ __forceinline__ bool mark_values() const {
+    const Labels& target = problem_.target;
+    bool out_of_range = false;
+    for (int64_t i = target_first_ + threadIdx.x; i < target_last_; i += kThreads) {
+      const int64_t column = index_at(target.data, target.element, i);
+      const int64_t place = column + shift_ - begin_;
+      out_of_range |= column >= problem_.columns;
+      if (column >= 0 && column < problem_.columns && place >= 0 && place < kTileWidth) {
+        const Real value = load_one<Real>(target.values, target.values_element, i);
+        atomicMax(&values_[place], bits_of(value >= 0 && value <= 1 ? value + Real(0) : kInfinity<Real>));
+      }
+    }
+    return out_of_range;
+  }
+
+  __device__ __forceinline__ uint32_t bitmap_at(const unsigned* bitmap, int offset) const {
+    return (bitmap[offset / 32] >> (offset % 32)) & ((1u << kCount) - 1u);
+  }
+
+  __device__ __forceinline__ const uint8_t* address_of(const Labels& labels, int64_t column) const {
+    return static_cast<const uint8_t*>(labels.data) + row_ * labels.row_stride +
+           column * labels.column_stride;
+  }
+
+  __device__ __forceinline__ void read_target(int offset, int64_t column, Extent extent,
+                                              VectorLabels<Real, kCount>& labels) const {
+    const Labels& target = problem_.target;
+    if (target.format == Format::kSparse) {
+      if (target_first_ == target_last_) {
+        if constexpr (kSoft) fill_from_bits(labels);
+      } else if (kSoft && target.values != nullptr) {
+        if constexpr (kSoft) {
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) {
+            const Real value = real_of(values_[offset + i]);
+            labels.target[i] = value <= 1 ? value : kNaN<Real>;
+          }
+        }
+      } else {
+        labels.positive = bitmap_at(target_bitmap_, offset);
+        if constexpr (kSoft) fill_from_bits(labels);
+      }
+      return;
+    }
+    if (target.element == Element::kBool) {
+      labels.positive = load_bits<kCount>(address_of(target, column), target.column_stride, extent);
+      if constexpr (kSoft) fill_from_bits(labels);
+      return;
+    }
+    if constexpr (kSoft) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) labels.target[i] = 0;
+      load_any(target.data, target.element,
+               row_ * target.row_stride + column * target.column_stride, target.column_stride, extent,
+               labels.target);
+      const bool ignores_nan = problem_.ignored != problem_.ignored;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const Real y = labels.target[i];
+        if (problem_.has_ignored && (ignores_nan ? y != y : y == Real(problem_.ignored))) {
+          labels.observed &= ~(1u << i);
+        }
+        labels.target[i] = y >= 0 && y <= 1 ? y : kNaN<Real>;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void fill_from_bits(VectorLabels<Real, kCount>& labels) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) labels.target[i] = labels.positive >> i & 1u ? Real(1) : Real(0);
+  }
+
+  const Problem& problem_;
+  unsigned* const target_bitmap_;
+  unsigned* const mask_bitmap_;
+  Bits* const values_;
+  int64_t row_ = 0;
+  int shift_ = 0;
+  int64_t begin_ = 0;
+  bool valid_ = true;
+  int64_t target_first_ = 0, target_last_ = 0;
+  int64_t mask_first_ = 0, mask_last_ = 0;
+};
+
+// Whether targets have to be read as numbers: anything but bool and sparse labels without values.
+inline bool needs_soft(const Problem& problem) {
+  return problem.target.format == Format::kDense ? problem.target.element != Element::kBool
+                                                 : problem.target.values != nullptr;
+}
+
+}  // namespace mlloss::cuda

@@ -1,0 +1,138 @@
+// Exponentials and logarithms for the losses, for one element, on host and device.
+//
+// On the CPU these are polynomials that compilers vectorise; on the GPU, the special-function unit.
+// Both keep their *relative* precision where results are tiny: that is where confident negatives
+// live, and what a sum over a million labels consists of. The fp64 versions call the C library.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#if defined(__CUDACC__) || defined(MLLOSS_EMULATED)
+#include "cuda/portability.cuh"
+#define MLLOSS_DEVICE_MATH 1
+#define MLLOSS_MATH __host__ __device__ __forceinline__
+#else
+#define MLLOSS_DEVICE_MATH 0
+// Inlined into every clone of a loop that is compiled for several instruction sets.
+#define MLLOSS_MATH inline __attribute__((always_inline))
+#endif
+
+namespace mlloss {
+
+template <class Real>
+constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
+template <class Real>
+constexpr Real kNaN = std::numeric_limits<Real>::quiet_NaN();
+
+#if !MLLOSS_DEVICE_MATH
+MLLOSS_MATH float float_from_bits(int32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+MLLOSS_MATH int32_t bits_from_float(float value) {
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+#endif
+
+// e^x for x <= 0 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
+MLLOSS_MATH float exp_nonpositive(float x) {
+#if MLLOSS_DEVICE_MATH
+  return exp2_approx(x * 1.44269504f);
+#else
+  // x = k ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer, and leaves that
+  // integer in the low bits.
+  const float kRound = 12582912.0f;
+  const float shifted = x * 1.44269504f + kRound;
+  const float k = shifted - kRound;
+  float r = x - k * 0.693145752f;  // ln 2, its leading 16 bits: exact product
+  r = r - k * 1.42860682e-6f;      // ln 2, the rest
+  // (e^r - 1 - r) / r^2: minimax polynomial, relative error of e^r 3e-9.
+  float p = 1.38145986e-3f;
+  p = p * r + 8.36871688e-3f;
+  p = p * r + 4.16683880e-2f;
+  p = p * r + 1.66665206e-1f;
+  p = p * r + 4.99999934e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // A multiplication rather than an addition to the exponent: NaN stays NaN whatever its payload.
+  const float power = float_from_bits((bits_from_float(shifted) << 23) + 0x3f800000);
+  return x < -87.3365448f ? 0.0f : p * power;
+#endif
+}
+
+MLLOSS_MATH double exp_nonpositive(double x) { return std::exp(x); }
+
+// log(1 + q) for q >= 0.
+MLLOSS_MATH float log1p_nonnegative(float q) {
+#if MLLOSS_DEVICE_MATH
+  return log1pf(q);
+#else
+  // 1 + q = 2^k m with m in [sqrt(1/2), sqrt(2)); `lost` is what rounding 1 + q dropped.
+  const float u = 1.0f + q;
+  const float lost = q < 1.0f ? q - (u - 1.0f) : 1.0f - (u - q);
+  const int32_t bits = bits_from_float(u);
+  const int32_t k = (bits - 0x3f3504f3) >> 23;
+  const float m = float_from_bits(bits - (k << 23));
+  const float f = (m - 1.0f) + lost * float_from_bits(0x3f800000 - (k << 23));
+  // (log(1 + f) - f + f^2 / 2) / f^3: minimax polynomial, relative error of the logarithm 8e-10.
+  float p = 6.74663395e-2f;
+  p = p * f - 1.16756455e-1f;
+  p = p * f + 1.18881617e-1f;
+  p = p * f - 1.24055899e-1f;
+  p = p * f + 1.42195526e-1f;
+  p = p * f - 1.66679958e-1f;
+  p = p * f + 2.00021186e-1f;
+  p = p * f - 2.50000096e-1f;
+  p = p * f + 3.33333126e-1f;
+  const float exponent = static_cast<float>(k);
+  float y = p * f * (f * f);
+  y = y + exponent * -2.12194440e-4f;  // ln 2 = 0.693359375 - 2.1219444e-4
+  y = y - 0.5f * (f * f);
+  return f + y + exponent * 0.693359375f;
+#endif
+}
+
+MLLOSS_MATH double log1p_nonnegative(double q) { return std::log1p(q); }
+
+// 1 / x for 1 <= x <= 2.
+MLLOSS_MATH float reciprocal(float x) {
+#if MLLOSS_DEVICE_MATH
+  return rcp_approx(x);
+#else
+  return 1.0f / x;
+#endif
+}
+
+MLLOSS_MATH double reciprocal(double x) { return 1.0 / x; }
+
+template <class Real>
+MLLOSS_MATH Real absolute(Real x) {
+  return std::fabs(x);
+}
+
+// max(x, 0); NaN stays NaN, so that a loss with a NaN logit is NaN.
+template <class Real>
+MLLOSS_MATH Real positive_part(Real x) {
+  return x < 0 ? Real(0) : x;
+}
+
+// sigmoid(x) and sigmoid(-x), both to full relative precision: neither is one minus the other.
+template <class Real>
+struct SigmoidPair {
+  Real p, q;
+};
+
+// `e` is exp(-|x|).
+template <class Real>
+MLLOSS_MATH SigmoidPair<Real> sigmoid_pair(Real x, Real e) {
+  const Real large = reciprocal(Real(1) + e);
+  const Real small = e * large;
+  return x < 0 ? SigmoidPair<Real>{small, large} : SigmoidPair<Real>{large, small};
+}
+
+}  // namespace mlloss

@@ -1,0 +1,119 @@
+// What a loss is computed from, as plain structs of pointers, sizes and strides: shared by the CPU
+// and the CUDA kernels, forward and backward. No torch, no CUDA.
+#pragma once
+#include <cstdint>
+
+namespace mlloss {
+
+enum class Element : int { kBool, kUint8, kInt8, kInt32, kInt64, kHalf, kBFloat16, kFloat, kDouble };
+
+// mlloss_cuda/targets.py has the same numbers.
+enum class Format : int { kDense = 0, kSparse = 1 };
+
+// mlloss_cuda/ops.py has the same numbers.
+enum class Reduction : int {
+  kNone = 0,
+  kSum = 1,
+  kMean = 2,
+  kMeanNonzero = 3,
+  kWeightedMean = 4,
+  kBatchMean = 5,
+  kNormalizer = 6,
+};
+
+// Numbers read by strides; a stride of 0 broadcasts. `data == nullptr` stands for all ones.
+struct Strided {
+  const void* data = nullptr;  // [N, C]
+  Element element = Element::kFloat;
+  int64_t row_stride = 0;     // in elements
+  int64_t column_stride = 0;  // in elements
+};
+
+// A target or a mask. `data == nullptr` stands for a mask that uses everything.
+struct Labels {
+  Format format = Format::kDense;
+  const void* data = nullptr;  // dense: [N, C]; sparse: label ids [entries], negative = padding
+  Element element = Element::kBool;
+  int64_t row_stride = 0;         // dense
+  int64_t column_stride = 0;      // dense
+  const void* offsets = nullptr;  // sparse: [N + 1], element type as data
+  const void* values = nullptr;   // sparse: soft targets [entries], or nullptr
+  Element values_element = Element::kFloat;
+  int64_t entries = 0;  // sparse
+};
+
+// What all losses share. Logits have unit stride within a row.
+struct Problem {
+  int64_t rows = 0;            // N
+  int64_t columns = 0;         // C
+  const void* logits = nullptr;  // [N, C]
+  Element element = Element::kFloat;
+  int64_t row_stride = 0;
+  Labels target;
+  Labels mask;
+  bool has_ignored = false;  // dense targets equal to `ignored` (NaN: that are NaN) are masked
+  double ignored = 0;
+  Reduction reduction = Reduction::kMean;
+  int64_t batch = 0;                    // the N of 'batchmean'; differs from rows when flattened
+  const double* normalizer = nullptr;   // 0-d, for Reduction::kNormalizer
+};
+
+struct PointwiseProblem : Problem {
+  Strided weight;      // [N, C]
+  Strided pos_weight;  // [N, C]
+};
+
+struct RowwiseProblem : Problem {
+  Strided threshold;  // [N]: row_stride only
+  Strided weight;     // [N]: row_stride only
+};
+
+// Results of a forward pass. `loss` and `statistics` are double for double logits, else float.
+struct ForwardOutput {
+  void* loss = nullptr;        // 0-d, or [N, C] (pointwise), [N] (row-wise) for Reduction::kNone
+  void* statistics = nullptr;  // row-wise: [N, 4]
+  double* scale = nullptr;     // 0-d: what the gradient of the sum is multiplied by (1 / denominator)
+};
+
+struct BackwardInput {
+  Strided grad_output;            // 0-d (strides 0), or the shape of an unreduced loss
+  const double* scale = nullptr;  // 0-d
+  const void* statistics = nullptr;
+};
+
+struct BackwardOutput {
+  void* grad_input = nullptr;      // [N, C], contiguous, element type of the logits
+  void* grad_threshold = nullptr;  // [N], element type of the statistics
+};
+
+inline bool is_dense(const Labels& labels) {
+  return labels.data != nullptr && labels.format == Format::kDense;
+}
+
+// A [N, C] array that is one long row: contiguous, or the same number everywhere.
+inline bool is_flat(const Strided& array, int64_t columns) {
+  return array.data == nullptr || (array.row_stride == 0 && array.column_stride == 0) ||
+         (array.row_stride == columns && array.column_stride == 1);
+}
+
+inline bool is_flat(const Labels& labels, int64_t columns) {
+  return labels.data == nullptr || (labels.format == Format::kDense &&
+                                    labels.row_stride == columns && labels.column_stride == 1);
+}
+
+// Treats the whole matrix as a single row where nothing depends on rows: short rows then cost no
+// more than long ones. `grad_output` may be nullptr.
+inline void flatten(PointwiseProblem& problem, const Strided* grad_output) {
+  const int64_t columns = problem.columns;
+  if (problem.rows <= 1 || problem.row_stride != columns || !is_flat(problem.target, columns) ||
+      !is_flat(problem.mask, columns) || !is_flat(problem.weight, columns) ||
+      !is_flat(problem.pos_weight, columns) ||
+      (grad_output != nullptr && !is_flat(*grad_output, columns))) {
+    return;
+  }
+  problem.columns = problem.rows * columns;
+  problem.rows = 1;
+  problem.row_stride = problem.columns;
+}
+
+}  // namespace mlloss

@@ -1,0 +1,43 @@
+"""Extreme multi-label classification: data files, a model, training, evaluation, a command line.
+
+    python -m mlloss_cuda.xmc train --train FILE --test FILE
+    python -m mlloss_cuda.xmc demo
+
+From Python:
+
+    from mlloss_cuda.xmc import Settings, fit, read_pair
+
+    train, test = read_pair("bibtex_train.txt", "bibtex_test.txt")
+    classifier = fit(train, Settings(loss="zlpr"))
+    print(classifier.evaluate(test)["P@1"])
+"""
+
+try:
+    import tqdm as _tqdm  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "mlloss_cuda.xmc needs tqdm; install it with: pip install 'mlloss_cuda[xmc]'",
+        name=error.name,
+    ) from error
+
+from mlloss_cuda.xmc.data import DataError, Dataset, read_dataset, read_pair, write_dataset
+from mlloss_cuda.xmc.features import FeatureTransform
+from mlloss_cuda.xmc.generated import GeneratorSettings, generate
+from mlloss_cuda.xmc.model import SparseMLP
+from mlloss_cuda.xmc.trainer import Classifier, Epoch, Settings, fit
+
+__all__ = [
+    "Classifier",
+    "DataError",
+    "Dataset",
+    "Epoch",
+    "FeatureTransform",
+    "GeneratorSettings",
+    "Settings",
+    "SparseMLP",
+    "fit",
+    "generate",
+    "read_dataset",
+    "read_pair",
+    "write_dataset",
+]

@@ -1,0 +1,207 @@
+"""The command line: train, demo, generate."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mlloss_cuda import __version__
+from mlloss_cuda.xmc.data import DataError, Dataset, read_dataset, read_pair
+from mlloss_cuda.xmc.features import TREATMENTS
+from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
+from mlloss_cuda.xmc.report import make_report, score_table, write_report
+from mlloss_cuda.xmc.trainer import LOSSES, Settings, fit
+
+WRONG_INPUT = 2  # exit status, the one argparse uses
+INTERRUPTED = 130  # exit status, the one shells use for Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    0: done. 2: wrong arguments or data, with one line on stderr that says what is wrong.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.run(options)
+    except (DataError, OSError, ValueError, FloatingPointError, ModuleNotFoundError) as error:
+        # A ValueError or OSError is about what the user gave: settings, files, sizes.
+        print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr)
+        return WRONG_INPUT
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _train(options: argparse.Namespace) -> None:
+    settings = _settings(options)
+    start = time.perf_counter()
+    if options.test is not None:
+        train, test = read_pair(options.train, options.test)
+    else:
+        train, test = _hold_out(read_dataset(options.train), options.validation, options.seed)
+    seconds = time.perf_counter() - start
+    print(
+        f"{train.num_rows:,} rows to train on, {test.num_rows:,} to test on, "
+        f"{train.num_features:,} features, {train.num_labels:,} labels (read in {seconds:.1f} s)",
+        flush=True,
+    )
+    classifier = fit(train, settings, progress=not options.quiet)
+    report = make_report(classifier, train, test, classifier.evaluate(test))
+    print(score_table([report]))
+    if options.report is not None:
+        write_report(options.report, report)
+
+
+def _hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
+    if not 0 < share < 1:
+        raise ValueError(f"--validation must be between 0 and 1, got {share}")
+    order = np.random.default_rng(seed).permutation(dataset.num_rows)
+    held_out = round(share * dataset.num_rows)
+    return dataset.take(np.sort(order[held_out:])), dataset.take(np.sort(order[:held_out]))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from mlloss_cuda.xmc.demo import run_demo  # needs matplotlib, which the others do not
+
+    run_demo(options.data, options.output, _settings(options), progress=not options.quiet)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    settings = GeneratorSettings(
+        **{field.name: getattr(options, field.name) for field in _fields(GeneratorSettings)}
+    )
+    for path in write_generated(options.output, settings):
+        print(path)
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """Settings from the options, and torch set up as they say."""
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        raise ValueError(f"--device: {error}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no usable GPU")
+    return Settings(
+        **{
+            field.name: getattr(options, field.name)
+            for field in _fields(Settings)
+            if hasattr(options, field.name)
+        }
+    )
+
+
+def _fields(settings: type) -> tuple[dataclasses.Field[object], ...]:
+    return dataclasses.fields(settings)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mlloss_cuda.xmc",
+        description="Extreme multi-label classification with the losses of mlloss_cuda.",
+    )
+    parser.add_argument("--version", action="version", version=f"mlloss_cuda {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train on a data file and report P@k and PSP@k on another",
+        description="Train on a data file and report P@k and PSP@k on another. Files are XMC text "
+        "(header 'N D L') or headerless libsvm text with several labels per row.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    train.set_defaults(run=_train)
+    train.add_argument("--train", type=Path, required=True, metavar="FILE", help="training rows")
+    judge = train.add_mutually_exclusive_group(required=True)
+    judge.add_argument("--test", type=Path, metavar="FILE", help="test rows")
+    judge.add_argument(
+        "--validation",
+        type=float,
+        metavar="SHARE",
+        help="instead of a test file, hold out this share of the training rows",
+    )
+    train.add_argument("--loss", choices=LOSSES, default=Settings.loss, help="which loss")
+    train.add_argument("--report", type=Path, metavar="FILE", help="write scores etc. as JSON")
+    _add_settings(train)
+
+    demo = commands.add_parser(
+        "demo",
+        help="train with both losses; ends with a table and a picture",
+        description="Train with both losses on generated or given data; ends with a table and a "
+        "picture of learning curves, scores and the time of the loss kernels.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    demo.set_defaults(run=_demo)
+    demo.add_argument(
+        "--data", type=Path, metavar="DIR", help="take *_train.txt and *_test.txt from here"
+    )
+    demo.add_argument(
+        "--output", type=Path, metavar="DIR", default=Path("demo_output"), help="for the results"
+    )
+    _add_settings(demo)
+
+    generate = commands.add_parser(
+        "generate",
+        help="write a generated power-law data set",
+        description="Write generated_train.txt and generated_test.txt as XMC text.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    generate.set_defaults(run=_generate)
+    generate.add_argument("--output", type=Path, metavar="DIR", required=True, help="where to")
+    for field in _fields(GeneratorSettings):
+        generate.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=type(field.default),
+            default=field.default,
+            metavar="N",
+            help=" ",  # argparse shows defaults only beside a help text
+        )
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    def add(flag: str, help: str, **more: object) -> None:
+        name = flag[2:].replace("-", "_")
+        default = getattr(Settings, name)
+        parser.add_argument(
+            flag, dest=name, type=type(default), default=default, help=help, **more
+        )
+
+    add("--epochs", "passes over the training rows", metavar="N")
+    add("--seed", "of everything random", metavar="N")
+    add("--hidden", "units of the hidden layer", metavar="N")
+    add("--batch-size", "rows per step", metavar="N")
+    add("--dropout", "share of hidden units dropped", metavar="P")
+    add("--feature-dropout", "share of feature entries dropped", metavar="P")
+    add("--features", "treatment of the features", choices=TREATMENTS)
+    add("--device", "cpu, cuda, cuda:1, ...", metavar="NAME")
+    parser.add_argument(
+        "--lr",
+        dest="learning_rate",
+        type=float,
+        default=Settings.learning_rate,
+        metavar="RATE",
+        help="largest learning rate of the schedule",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")

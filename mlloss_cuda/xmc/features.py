@@ -1,0 +1,96 @@
+"""From the numbers in a data file to the numbers that a model is fed with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from mlloss_cuda.xmc.data import Dataset, FloatArray, IntArray
+
+TREATMENTS = ("auto", "tfidf", "standardize", "raw")
+
+DENSE_SHARE = 0.25
+"""Above this share of non-zero entries, features are taken for measurements, not for word counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureTransform:
+    """Scales features by what was learned from the training rows; every row gets length 1.
+
+    * `tfidf`: log(1 + value) * (log((1 + N) / (1 + n_j)) + 1), n_j = rows with feature j.
+    * `standardize`: (value - mean_j) / deviation_j. Missing entries count as zeros and become
+      entries, so this is for features of which most are present.
+    * `raw`: the values as they are.
+    """
+
+    treatment: str
+    scale: FloatArray  # [num_features]
+    shift: FloatArray  # [num_features]
+
+    @staticmethod
+    def fit(dataset: Dataset, treatment: str = "auto") -> FeatureTransform:
+        """Learn the transform. `auto` takes `standardize` for features that are mostly present,
+        `raw` for sparse ones with negative values, and `tfidf` for everything else.
+        """
+        if treatment not in TREATMENTS:
+            raise ValueError(f"treatment must be one of {TREATMENTS}, got {treatment!r}")
+        rows, columns = max(dataset.num_rows, 1), dataset.num_features
+        negative = bool(np.any(dataset.feature_values < 0))
+        if treatment == "auto":
+            share = len(dataset.feature_ids) / max(rows * columns, 1)
+            treatment = "tfidf" if not negative else "raw"
+            if share > DENSE_SHARE:
+                treatment = "standardize"
+        if treatment == "tfidf" and negative:
+            raise ValueError("tfidf needs values that are not negative; use standardize or raw")
+
+        scale = np.ones(columns, np.float32)
+        shift = np.zeros(columns, np.float32)
+        if treatment == "tfidf":
+            present = np.bincount(
+                dataset.feature_ids, weights=dataset.feature_values > 0, minlength=columns
+            )
+            scale = (np.log((1 + rows) / (1 + present)) + 1).astype(np.float32)
+        elif treatment == "standardize":
+            values = dataset.feature_values.astype(np.float64)
+            mean = np.bincount(dataset.feature_ids, values, columns) / rows
+            square = np.bincount(dataset.feature_ids, values**2, columns) / rows
+            deviation = np.sqrt(np.maximum(square - mean**2, 0))
+            constant = deviation <= 1e-6 * np.sqrt(square)
+            scale = np.where(constant, 0, 1 / np.where(constant, 1, deviation)).astype(np.float32)
+            shift = mean.astype(np.float32)
+        return FeatureTransform(treatment, scale, shift)
+
+    def apply(self, dataset: Dataset) -> Dataset:
+        ids, offsets = dataset.feature_ids, dataset.feature_offsets
+        values = dataset.feature_values
+        if self.treatment == "standardize":
+            ids, values, offsets = self._filled(dataset)
+            values = (values - self.shift[ids]) * self.scale[ids]
+        elif self.treatment == "tfidf":
+            values = np.log1p(np.maximum(values, 0)) * self.scale[ids]
+        return dataclasses.replace(
+            dataset,
+            feature_ids=ids,
+            feature_values=_unit_rows(values, offsets),
+            feature_offsets=offsets,
+        )
+
+    @staticmethod
+    def _filled(dataset: Dataset) -> tuple[IntArray, FloatArray, IntArray]:
+        """The features with an entry for every zero."""
+        rows, columns = dataset.num_rows, dataset.num_features
+        dense = np.zeros((rows, columns), np.float32)
+        row = np.repeat(np.arange(rows), np.diff(dataset.feature_offsets))
+        dense[row, dataset.feature_ids] = dataset.feature_values
+        ids = np.tile(np.arange(columns), rows)
+        return ids, dense.reshape(-1), np.arange(rows + 1) * columns
+
+
+def _unit_rows(values: FloatArray, offsets: IntArray) -> FloatArray:
+    rows = len(offsets) - 1
+    row = np.repeat(np.arange(rows), np.diff(offsets))
+    norm = np.sqrt(np.bincount(row, values.astype(np.float64) ** 2, rows))
+    norm[norm == 0] = 1
+    return (values / norm[row]).astype(np.float32)

@@ -1,0 +1,111 @@
+"""What a training run leaves behind: a JSON report and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mlloss_cuda import __version__, build_info
+from mlloss_cuda.xmc.data import Dataset, atomic_file
+from mlloss_cuda.xmc.trainer import REPORTED_RANKS, Classifier
+
+SCORES = tuple(f"{name}@{k}" for name in ("P", "PSP") for k in REPORTED_RANKS)
+
+
+def make_report(
+    classifier: Classifier, train: Dataset, test: Dataset, scores: Mapping[str, float]
+) -> dict[str, Any]:
+    """Everything worth keeping of a run, ready for JSON.
+
+    Scores are percentages, times are seconds. A score that is not defined, such as PSP@k on rows
+    that have no labels at all, is null.
+    """
+    settings = classifier.settings
+    return {
+        "loss": settings.loss,
+        **_without_nan(scores),
+        "train_seconds": round(classifier.train_seconds, 3),
+        "rows_per_second": round(
+            train.num_rows * settings.epochs / max(classifier.train_seconds, 1e-9), 1
+        ),
+        "seed": settings.seed,
+        "settings": dataclasses.asdict(settings),
+        "feature_treatment": classifier.transform.treatment,
+        "parameters": sum(p.numel() for p in classifier.model.parameters()),
+        "sizes": {
+            "train_rows": train.num_rows,
+            "test_rows": test.num_rows,
+            "features": train.num_features,
+            "labels": train.num_labels,
+            "train_labels_per_row": round(len(train.label_ids) / max(train.num_rows, 1), 4),
+            "train_rows_without_labels": train.rows_without_labels,
+            "test_rows_without_labels": test.rows_without_labels,
+        },
+        "data": {
+            "train": train.path,
+            "test": test.path,
+            "first_feature_id": train.first_feature_id,
+            "first_label_id": train.first_label_id,
+        },
+        "epochs": [
+            {
+                "epoch": epoch.epoch,
+                "loss": epoch.loss,
+                "seconds": round(epoch.seconds, 3),
+                **({} if epoch.scores is None else _without_nan(epoch.scores)),
+            }
+            for epoch in classifier.history
+        ],
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "mlloss_cuda": __version__,
+            "build": build_info(),
+            "threads": torch.get_num_threads(),
+            "platform": platform.platform(),
+        },
+    }
+
+
+def write_report(path: str | os.PathLike[str], report: object) -> None:
+    """Write JSON. The file appears under its name only when it is complete."""
+    text = json.dumps(report, indent=2, allow_nan=False)
+    with atomic_file(path) as temporary:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A plain-text table: the first column flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first = cells[0].ljust(widths[0])
+        return "  ".join([first, *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))])
+
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
+
+
+def score_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """One line per run: the loss, the scores, seconds and rows per second of training."""
+    rows = [
+        [
+            report["loss"],
+            *("-" if report[name] is None else f"{report[name]:.2f}" for name in SCORES),
+            f"{report['train_seconds']:.1f}",
+            f"{report['rows_per_second']:,.0f}",
+        ]
+        for report in reports
+    ]
+    return format_table(["loss", *SCORES, "train s", "rows/s"], rows)
+
+
+def _without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if math.isnan(score) else score for name, score in scores.items()}

@@ -1,0 +1,1 @@
+"""Runs the CUDA kernels' own source on the CPU; see emulator.h for how and what it checks."""
