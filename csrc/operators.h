@@ -43,7 +43,8 @@ struct Operators {
 
   // 0-d, [N] or [N, C].
   static Strided upstream(const Tensor& grad_output) {
-    if (grad_output.dim() == 0) return {grad_output.data_ptr(), Backend::element(grad_output), 0, 0};
+    if (grad_output.dim() == 0)
+      return {grad_output.data_ptr(), Backend::element(grad_output), 0, 0};
     return grad_output.dim() == 1 ? vector(grad_output) : matrix(grad_output);
   }
 
@@ -152,12 +153,12 @@ struct Operators {
   }
 
   static void multilabel_categorical_crossentropy_backward_out(
-      const Tensor& grad_output, const Tensor& scale, const Tensor& statistics,
-      const Tensor& input, const Tensor& target, const Optional& target_offsets,
-      const Optional& target_values, int64_t target_format, const Optional& mask,
-      const Optional& mask_offsets, int64_t mask_format, std::optional<double> ignore_index,
-      const Tensor& threshold, const Optional& weight, const Optional& normalizer,
-      int64_t reduction, const Tensor& grad_input, const Tensor& grad_threshold) {
+      const Tensor& grad_output, const Tensor& scale, const Tensor& statistics, const Tensor& input,
+      const Tensor& target, const Optional& target_offsets, const Optional& target_values,
+      int64_t target_format, const Optional& mask, const Optional& mask_offsets,
+      int64_t mask_format, std::optional<double> ignore_index, const Tensor& threshold,
+      const Optional& weight, const Optional& normalizer, int64_t reduction,
+      const Tensor& grad_input, const Tensor& grad_threshold) {
     RowwiseProblem problem;
     fill(problem, input,
          {target, target_offsets, target_values, target_format, mask, mask_offsets, mask_format,

@@ -1,8 +1,9 @@
 // Every operator of torch.ops.mlloss_cuda: the table of contents.
 //
 // <loss>_out and <loss>_backward_out are the kernels (operators.h, cpu/ops.cpp, cuda/ops.cpp); they
-// write into tensors that the caller allocates. <loss> and <loss>_backward are the same as functions,
-// with autograd; mlloss_cuda/ops.py implements them on top. Logits are [N, C] everywhere.
+// write into tensors that the caller allocates. <loss> and <loss>_backward are the same as
+// functions, with autograd; mlloss_cuda/ops.py implements them on top. Logits are [N, C]
+// everywhere.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -40,11 +41,13 @@ STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
          ") -> (Tensor loss, Tensor statistics, Tensor scale)");
   define("multilabel_categorical_crossentropy_out(" + kMultilabelCategoricalCrossentropy +
          ", Tensor(a!) loss, Tensor(b!) statistics, Tensor(c!) scale) -> ()");
-  define("multilabel_categorical_crossentropy_backward(Tensor grad_output, Tensor scale, "
-         "Tensor statistics, " +
-         kMultilabelCategoricalCrossentropy + ") -> (Tensor grad_input, Tensor grad_threshold)");
-  define("multilabel_categorical_crossentropy_backward_out(Tensor grad_output, Tensor scale, "
-         "Tensor statistics, " +
-         kMultilabelCategoricalCrossentropy +
-         ", Tensor(a!) grad_input, Tensor(b!) grad_threshold) -> ()");
+  define(
+      "multilabel_categorical_crossentropy_backward(Tensor grad_output, Tensor scale, "
+      "Tensor statistics, " +
+      kMultilabelCategoricalCrossentropy + ") -> (Tensor grad_input, Tensor grad_threshold)");
+  define(
+      "multilabel_categorical_crossentropy_backward_out(Tensor grad_output, Tensor scale, "
+      "Tensor statistics, " +
+      kMultilabelCategoricalCrossentropy +
+      ", Tensor(a!) grad_input, Tensor(b!) grad_threshold) -> ()");
 }

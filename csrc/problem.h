@@ -5,7 +5,17 @@
 
 namespace mlloss {
 
-enum class Element : int { kBool, kUint8, kInt8, kInt32, kInt64, kHalf, kBFloat16, kFloat, kDouble };
+enum class Element : int {
+  kBool,
+  kUint8,
+  kInt8,
+  kInt32,
+  kInt64,
+  kHalf,
+  kBFloat16,
+  kFloat,
+  kDouble
+};
 
 // mlloss_cuda/targets.py has the same numbers.
 enum class Format : int { kDense = 0, kSparse = 1 };
@@ -44,8 +54,8 @@ struct Labels {
 
 // What all losses share. Logits have unit stride within a row.
 struct Problem {
-  int64_t rows = 0;            // N
-  int64_t columns = 0;         // C
+  int64_t rows = 0;              // N
+  int64_t columns = 0;           // C
   const void* logits = nullptr;  // [N, C]
   Element element = Element::kFloat;
   int64_t row_stride = 0;
@@ -54,8 +64,8 @@ struct Problem {
   bool has_ignored = false;  // dense targets equal to `ignored` (NaN: that are NaN) are masked
   double ignored = 0;
   Reduction reduction = Reduction::kMean;
-  int64_t batch = 0;                    // the N of 'batchmean'; differs from rows when flattened
-  const double* normalizer = nullptr;   // 0-d, for Reduction::kNormalizer
+  int64_t batch = 0;                   // the N of 'batchmean'; differs from rows when flattened
+  const double* normalizer = nullptr;  // 0-d, for Reduction::kNormalizer
 };
 
 struct PointwiseProblem : Problem {
@@ -72,7 +82,7 @@ struct RowwiseProblem : Problem {
 struct ForwardOutput {
   void* loss = nullptr;        // 0-d, or [N, C] (pointwise), [N] (row-wise) for Reduction::kNone
   void* statistics = nullptr;  // row-wise: [N, 4]
-  double* scale = nullptr;     // 0-d: what the gradient of the sum is multiplied by (1 / denominator)
+  double* scale = nullptr;  // 0-d: what the gradient of the sum is multiplied by (1 / denominator)
 };
 
 struct BackwardInput {

@@ -14,16 +14,26 @@ struct TorchTensors {
   static Element element(const Tensor& tensor) {
     using torch::headeronly::ScalarType;
     switch (tensor.scalar_type()) {
-      case ScalarType::Bool: return Element::kBool;
-      case ScalarType::Byte: return Element::kUint8;
-      case ScalarType::Char: return Element::kInt8;
-      case ScalarType::Int: return Element::kInt32;
-      case ScalarType::Long: return Element::kInt64;
-      case ScalarType::Half: return Element::kHalf;
-      case ScalarType::BFloat16: return Element::kBFloat16;
-      case ScalarType::Float: return Element::kFloat;
-      case ScalarType::Double: return Element::kDouble;
-      default: STD_TORCH_CHECK(false, "mlloss_cuda: a tensor has an unsupported dtype");
+      case ScalarType::Bool:
+        return Element::kBool;
+      case ScalarType::Byte:
+        return Element::kUint8;
+      case ScalarType::Char:
+        return Element::kInt8;
+      case ScalarType::Int:
+        return Element::kInt32;
+      case ScalarType::Long:
+        return Element::kInt64;
+      case ScalarType::Half:
+        return Element::kHalf;
+      case ScalarType::BFloat16:
+        return Element::kBFloat16;
+      case ScalarType::Float:
+        return Element::kFloat;
+      case ScalarType::Double:
+        return Element::kDouble;
+      default:
+        STD_TORCH_CHECK(false, "mlloss_cuda: a tensor has an unsupported dtype");
     }
   }
 };

@@ -1,4 +1,4 @@
-"""The losses as functions: arguments are checked here, computed in ``ops.py`` or ``reference.py``."""
+"""The losses as functions: arguments are checked here; ops.py or reference.py computes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from . import ops, reference
 from .targets import (
     FLOATING_DTYPES,
     TARGET_DTYPES,
+    Labels,
     SparseLabels,
     broadcast_to_input,
     contents_may_be_checked,
@@ -175,8 +176,16 @@ zlpr_loss = multilabel_categorical_crossentropy
 
 
 def _reference_pointwise(
-    logits, target, mask, weight, pos_weight, normalizer, label_smoothing, ignore_index, reduction
-):
+    logits: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    normalizer: Tensor | None,
+    label_smoothing: float,
+    ignore_index: float | None,
+    reduction: str,
+) -> Tensor:
     ops.check_contents(target, mask, logits)
     return reference.sigmoid_cross_entropy(
         logits,
@@ -192,8 +201,15 @@ def _reference_pointwise(
 
 
 def _reference_rowwise(
-    logits, target, mask, threshold, weight, normalizer, ignore_index, reduction
-):
+    logits: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    threshold: Tensor,
+    weight: Tensor | None,
+    normalizer: Tensor | None,
+    ignore_index: float | None,
+    reduction: str,
+) -> Tensor:
     ops.check_contents(target, mask, logits)
     return reference.multilabel_categorical_crossentropy(
         logits,
@@ -258,7 +274,9 @@ def _constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor 
         return None
     if not isinstance(value, Tensor):
         if not _is_number(value):
-            raise TypeError(f"{name} must be a tensor, a number or None, got {type(value).__name__}")
+            raise TypeError(
+                f"{name} must be a tensor, a number or None, got {type(value).__name__}"
+            )
         if not value >= 0 or math.isinf(value):
             raise ValueError(f"{name} must be finite and not negative, got {value}")
         return torch.full(
@@ -267,7 +285,9 @@ def _constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor 
     if value.dtype not in TARGET_DTYPES:
         raise TypeError(f"{name} must be floating point, integer or bool, got {value.dtype}")
     if value.device != input.device:
-        raise ValueError(f"{name} must be on the device of input, {input.device}, got {value.device}")
+        raise ValueError(
+            f"{name} must be on the device of input, {input.device}, got {value.device}"
+        )
     if value.requires_grad:
         raise ValueError(f"{name} must not require grad; it is a constant (detach it)")
     if contents_may_be_checked(value) and value.numel() > 0:
@@ -277,9 +297,7 @@ def _constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor 
     return value
 
 
-def _elementwise_constant(
-    value: Tensor | float | None, input: Tensor, name: str
-) -> Tensor | None:
+def _elementwise_constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor | None:
     constant = _constant(value, input, name)
     return None if constant is None else broadcast_to_input(constant, input, name)
 
@@ -322,9 +340,7 @@ def _threshold(threshold: Tensor | float, input: Tensor) -> Tensor:
     return _per_row(threshold.to(dtype), input, "threshold")
 
 
-def _normalizer(
-    normalizer: Tensor | float | None, reduction: str, input: Tensor
-) -> Tensor | None:
+def _normalizer(normalizer: Tensor | float | None, reduction: str, input: Tensor) -> Tensor | None:
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if normalizer is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -21,13 +23,15 @@ class _Loss(torch.nn.Module):
             else:
                 setattr(self, name, value)
 
-    def _constants(self) -> dict:
+    def _constants(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._constant_names}
 
     def extra_repr(self) -> str:
         """List the constants, tensors by their shape."""
         return ", ".join(
-            f"{name}=tensor{list(value.shape)}" if isinstance(value, Tensor) else f"{name}={value!r}"
+            f"{name}=tensor{list(value.shape)}"
+            if isinstance(value, Tensor)
+            else f"{name}={value!r}"
             for name, value in self._constants().items()
         )
 

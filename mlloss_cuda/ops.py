@@ -14,6 +14,8 @@ an operator with a registered autograd formula (see ``bench/``).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ _warned: set[str] = set()
 
 
 def is_native(input: Tensor) -> bool:
-    """Whether native kernels serve the device of `input`; warns once where they should but don't."""
+    """Whether native kernels serve the device of `input`; warns once where they do not."""
     device_type = input.device.type
     if device_type in _kernels:
         return True
@@ -64,66 +66,182 @@ def check_contents(target: Labels, mask: Labels | None, logits: Tensor) -> None:
             check_indices(SparseLabels(labels.data, labels.offsets), logits.shape[1], name)
 
 
-def _loss_dtype(input: Tensor) -> torch.dtype:
-    return torch.float64 if input.dtype == torch.float64 else torch.float32
+# What stands behind `input` in the arguments of every operator: target, target_offsets,
+# target_values, target_format, mask, mask_offsets, mask_format, ignore_index.
+_LABEL_ARGUMENTS = 8
 
 
-def _check_indices(input: Tensor, target, target_offsets, target_format, mask, mask_offsets) -> None:
-    """`check_contents` for the flat arguments of an operator."""
-    if target_format == SPARSE:
-        check_indices(SparseLabels(target, target_offsets), input.shape[1], "target")
-    if mask_offsets is not None:
-        check_indices(SparseLabels(mask, mask_offsets), input.shape[1], "mask")
+@dataclass(frozen=True)
+class _Loss:
+    """A native loss: its operators and what they return.
 
+    Attributes:
+        name: of the operator.
+        rowwise: whether it has one loss per row. Such a loss keeps four numbers per row for its
+            backward pass, and its threshold, the argument behind the labels, has a gradient.
+    """
 
-def _no_double_backward(name: str) -> RuntimeError:
-    return RuntimeError(
-        f"mlloss_cuda.{name} has no second derivative: its backward pass cannot be differentiated "
-        "(create_graph=True)"
-    )
+    name: str
+    rowwise: bool
 
+    # `arguments` is everything behind `input` in the schema (csrc/ops.cpp): first the labels, last
+    # the reduction.
 
-# --- sigmoid cross-entropy ------------------------------------------------------------------------
-# Flat arguments, in the order of the schema in csrc/ops.cpp:
-#   input, target, target_offsets, target_values, target_format, mask, mask_offsets, mask_format,
-#   ignore_index, weight, pos_weight, label_smoothing, normalizer, reduction
+    def results(self, input: Tensor, reduction: int) -> tuple[Tensor, ...]:
+        """Allocate the results of a forward pass: loss, statistics (row-wise losses), scale."""
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        rows = input.shape[0]
+        scale = input.new_empty((), dtype=torch.float64)
+        unreduced = reduction == REDUCTION_CODES["none"]
+        if self.rowwise:
+            loss = input.new_empty((rows,) if unreduced else (), dtype=dtype)
+            return loss, input.new_empty((rows, 4), dtype=dtype), scale
+        return input.new_empty(input.shape if unreduced else (), dtype=dtype), scale
 
+    def forward(self, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        """Run the forward kernel on ``[N, C]`` logits."""
+        target, target_offsets, _, target_format, mask, mask_offsets, mask_format = arguments[:7]
+        if target_format == SPARSE:
+            check_indices(SparseLabels(target, target_offsets), input.shape[1], "target")
+        if mask_format == SPARSE:
+            check_indices(SparseLabels(mask, mask_offsets), input.shape[1], "mask")
+        results = self.results(input, arguments[-1])
+        kernel = getattr(_kernels[input.device.type], f"{self.name}_out")
+        kernel(input, *arguments, *results)
+        return results
 
-def _sigmoid_cross_entropy(input: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    target, target_offsets, _, target_format, mask, mask_offsets, *_, reduction = arguments
-    _check_indices(input, target, target_offsets, target_format, mask, mask_offsets)
-    dtype = _loss_dtype(input)
-    shape = input.shape if reduction == REDUCTION_CODES["none"] else ()
-    loss = input.new_empty(shape, dtype=dtype)
-    scale = input.new_empty((), dtype=torch.float64)
-    _kernels[input.device.type].sigmoid_cross_entropy_out(input, *arguments, loss, scale)
-    return loss, scale
+    def gradients(self, input: Tensor) -> tuple[Tensor, ...]:
+        """Allocate the gradients: of input, and (row-wise losses) of the threshold."""
+        grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+        if not self.rowwise:
+            return (grad_input,)
+        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        return grad_input, input.new_empty(input.shape[0], dtype=dtype)
 
+    def backward(self, grad_output: Tensor, saved: Sequence[Any]) -> tuple[Tensor, ...]:
+        """Run the backward kernel; `saved` is scale, statistics (row-wise), input, arguments."""
+        input = saved[2 if self.rowwise else 1]
+        gradients = self.gradients(input)
+        kernel = getattr(_kernels[input.device.type], f"{self.name}_backward_out")
+        kernel(grad_output, *saved, *gradients)
+        return gradients
 
-def _sigmoid_cross_entropy_backward(
-    grad_output: Tensor, scale: Tensor, input: Tensor, *arguments: Any
-) -> Tensor:
-    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    _kernels[input.device.type].sigmoid_cross_entropy_backward_out(
-        grad_output, scale, input, *arguments, grad_input
-    )
-    return grad_input
+    def gradients_of_arguments(
+        self, gradients: Sequence[Tensor], count: int
+    ) -> tuple[Tensor | None, ...]:
+        """Pad with None to one gradient for `input` and each of `count` arguments."""
+        padded: list[Tensor | None] = [gradients[0], *[None] * count]
+        if self.rowwise:
+            padded[1 + _LABEL_ARGUMENTS] = gradients[1]
+        return tuple(padded)
 
+    def no_second_derivative(self) -> RuntimeError:
+        """Return the error for an attempt to differentiate the backward pass."""
+        return RuntimeError(
+            f"mlloss_cuda.{self.name} has no second derivative: its backward pass cannot be "
+            "differentiated (create_graph=True)"
+        )
 
-class _SigmoidCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, *arguments: Any) -> Tensor:  # type: ignore[override]
-        loss, scale = _sigmoid_cross_entropy(input, *arguments)
-        _save(ctx, input, scale, arguments)
+    def __call__(
+        self, input: Tensor, arguments: tuple[Any, ...], *, differentiable: bool
+    ) -> Tensor:
+        """Return the loss; `differentiable` says whether an argument requires grad."""
+        if torch.compiler.is_compiling():
+            loss: Tensor = getattr(torch.ops.mlloss_cuda, self.name)(input, *arguments)[0]
+        elif differentiable and torch.is_grad_enabled():
+            loss = _Differentiable.apply(self, input, *arguments)
+        else:
+            loss = self.forward(input, *arguments)[0]
         return loss
 
+
+class _Differentiable(torch.autograd.Function):
+    """Eager autograd: straight to the kernels."""
+
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
+    def forward(ctx: Any, loss: _Loss, input: Tensor, *arguments: Any) -> Tensor:
+        value, *rest = loss.forward(input, *arguments)
+        ctx.loss = loss
+        _save(ctx, [*reversed(rest), input, *arguments])
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        loss: _Loss = ctx.loss
         if torch.is_grad_enabled():
-            raise _no_double_backward("sigmoid_cross_entropy")
-        input, scale, arguments = _saved(ctx)
-        grad_input = _sigmoid_cross_entropy_backward(grad_output, scale, input, *arguments)
-        return (grad_input, *[None] * len(arguments))
+            raise loss.no_second_derivative()
+        gradients = loss.backward(grad_output, _saved(ctx))
+        return None, *loss.gradients_of_arguments(gradients, len(ctx.needs_input_grad) - 2)
+
+
+def _save(ctx: Any, values: Sequence[Any]) -> None:
+    """Save tensors through autograd (which notices in-place changes), the rest beside them."""
+    ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values])
+    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+
+
+def _saved(ctx: Any) -> list[Any]:
+    return [
+        other if tensor is None else tensor
+        for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
+    ]
+
+
+def _register(loss: _Loss) -> None:
+    """Give the functional operators of `loss` their kernels, fakes and autograd formulas."""
+    name = f"mlloss_cuda::{loss.name}"
+
+    def backward(grad_output: Tensor, *saved: Any) -> Any:
+        gradients = loss.backward(grad_output, saved)
+        return gradients if loss.rowwise else gradients[0]
+
+    def fake_forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        return loss.results(input, arguments[-1])
+
+    def fake_backward(grad_output: Tensor, *saved: Any) -> Any:  # noqa: ARG001
+        gradients = loss.gradients(saved[2 if loss.rowwise else 1])
+        return gradients if loss.rowwise else gradients[0]
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, *rest = output
+        _save(ctx, [*reversed(rest), *inputs])
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*rest)
+
+    def differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        count = len(ctx.needs_input_grad) - 1
+        if grad_output is None:
+            return (None,) * (count + 1)
+        operator = getattr(torch.ops.mlloss_cuda, f"{loss.name}_backward")
+        gradients = operator(grad_output, *_saved(ctx))
+        return loss.gradients_of_arguments(gradients if loss.rowwise else (gradients,), count)
+
+    def refuse(*_: Any) -> None:
+        raise loss.no_second_derivative()
+
+    for device in ("CPU", "CUDA"):
+        _library.impl(loss.name, loss.forward, device)
+        _library.impl(f"{loss.name}_backward", backward, device)
+    torch.library.register_fake(name, fake_forward, lib=_library)
+    torch.library.register_fake(f"{name}_backward", fake_backward, lib=_library)
+    torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(f"{name}_backward", refuse, lib=_library)
+    for kernel in (f"{name}_out", f"{name}_backward_out"):
+        torch.library.register_fake(kernel, lambda *_: None, lib=_library)
+
+
+def _flat(target: Labels, mask: Labels | None) -> tuple[Any, ...]:
+    if mask is None:
+        return (*target, None, None, 0)
+    return (*target, mask.data, mask.offsets, mask.format)
+
+
+def _reduction_code(reduction: str, normalizer: Tensor | None) -> int:
+    return REDUCTION_CODES[reduction] if normalizer is None else _NORMALIZER_CODE
+
+
+_SIGMOID_CROSS_ENTROPY = _Loss("sigmoid_cross_entropy", rowwise=False)
+_MULTILABEL_CATEGORICAL_CROSSENTROPY = _Loss("multilabel_categorical_crossentropy", rowwise=True)
 
 
 def sigmoid_cross_entropy(
@@ -147,63 +265,7 @@ def sigmoid_cross_entropy(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
-    if torch.compiler.is_compiling():
-        return torch.ops.mlloss_cuda.sigmoid_cross_entropy(input, *arguments)[0]
-    if input.requires_grad and torch.is_grad_enabled():
-        return _SigmoidCrossEntropy.apply(input, *arguments)
-    return _sigmoid_cross_entropy(input, *arguments)[0]
-
-
-# --- multi-label categorical cross-entropy (ZLPR) -------------------------------------------------
-# Flat arguments, in the order of the schema in csrc/ops.cpp:
-#   input, target, target_offsets, target_values, target_format, mask, mask_offsets, mask_format,
-#   ignore_index, threshold, weight, normalizer, reduction
-
-
-def _multilabel_categorical_crossentropy(
-    input: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    target, target_offsets, _, target_format, mask, mask_offsets, *_, reduction = arguments
-    _check_indices(input, target, target_offsets, target_format, mask, mask_offsets)
-    dtype = _loss_dtype(input)
-    rows = input.shape[0]
-    shape = (rows,) if reduction == REDUCTION_CODES["none"] else ()
-    loss = input.new_empty(shape, dtype=dtype)
-    statistics = input.new_empty((rows, 4), dtype=dtype)
-    scale = input.new_empty((), dtype=torch.float64)
-    _kernels[input.device.type].multilabel_categorical_crossentropy_out(
-        input, *arguments, loss, statistics, scale
-    )
-    return loss, statistics, scale
-
-
-def _multilabel_categorical_crossentropy_backward(
-    grad_output: Tensor, scale: Tensor, statistics: Tensor, input: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor]:
-    grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-    grad_threshold = statistics.new_empty(input.shape[0])
-    _kernels[input.device.type].multilabel_categorical_crossentropy_backward_out(
-        grad_output, scale, statistics, input, *arguments, grad_input, grad_threshold
-    )
-    return grad_input, grad_threshold
-
-
-class _MultilabelCategoricalCrossentropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, *arguments: Any) -> Tensor:  # type: ignore[override]
-        loss, statistics, scale = _multilabel_categorical_crossentropy(input, *arguments)
-        _save(ctx, input, scale, (statistics, *arguments))
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple:  # type: ignore[override]
-        if torch.is_grad_enabled():
-            raise _no_double_backward("multilabel_categorical_crossentropy")
-        input, scale, (statistics, *arguments) = _saved(ctx)
-        grad_input, grad_threshold = _multilabel_categorical_crossentropy_backward(
-            grad_output, scale, statistics, input, *arguments
-        )
-        return (grad_input, *[None] * _LABEL_ARGUMENTS, grad_threshold, None, None, None)
+    return _SIGMOID_CROSS_ENTROPY(input, arguments, differentiable=input.requires_grad)
 
 
 def multilabel_categorical_crossentropy(
@@ -225,106 +287,9 @@ def multilabel_categorical_crossentropy(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
-    if torch.compiler.is_compiling():
-        return torch.ops.mlloss_cuda.multilabel_categorical_crossentropy(input, *arguments)[0]
-    if torch.is_grad_enabled() and (input.requires_grad or threshold.requires_grad):
-        return _MultilabelCategoricalCrossentropy.apply(input, *arguments)
-    return _multilabel_categorical_crossentropy(input, *arguments)[0]
-
-
-# --- shared ---------------------------------------------------------------------------------------
-
-# target, target_offsets, target_values, target_format, mask, mask_offsets, mask_format, ignore_index
-_LABEL_ARGUMENTS = 8
-
-
-def _flat(target: Labels, mask: Labels | None) -> tuple:
-    if mask is None:
-        return (*target, None, None, 0)
-    return (*target, mask.data, mask.offsets, mask.format)
-
-
-def _reduction_code(reduction: str, normalizer: Tensor | None) -> int:
-    return REDUCTION_CODES[reduction] if normalizer is None else _NORMALIZER_CODE
-
-
-def _save(ctx: Any, input: Tensor, scale: Tensor, arguments: tuple) -> None:
-    """Save tensors through autograd (which notices in-place changes), the rest beside them."""
-    tensors = [value if isinstance(value, Tensor) else None for value in arguments]
-    ctx.save_for_backward(input, scale, *tensors)
-    ctx.others = [None if isinstance(value, Tensor) else value for value in arguments]
-
-
-def _saved(ctx: Any) -> tuple[Tensor, Tensor, list]:
-    input, scale, *tensors = ctx.saved_tensors
-    arguments = [
-        other if tensor is None else tensor
-        for tensor, other in zip(tensors, ctx.others, strict=True)
-    ]
-    return input, scale, arguments
-
-
-def _register_functional(name: str, forward: Any, backward: Any, outputs: int) -> None:
-    """Give ``<name>`` and ``<name>_backward`` their kernels, fakes and autograd formulas."""
-    qualified = f"mlloss_cuda::{name}"
-    for device in ("CPU", "CUDA"):
-        _library.impl(name, forward, device)
-        _library.impl(f"{name}_backward", backward, device)
-
-    def fake_forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-        dtype = _loss_dtype(input)
-        loss_shape: tuple = ()
-        if arguments[-1] == REDUCTION_CODES["none"]:
-            loss_shape = tuple(input.shape) if outputs == 2 else (input.shape[0],)
-        loss = input.new_empty(loss_shape, dtype=dtype)
-        scale = input.new_empty((), dtype=torch.float64)
-        if outputs == 2:
-            return loss, scale
-        return loss, input.new_empty((input.shape[0], 4), dtype=dtype), scale
-
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        input, *arguments = inputs
-        _, *statistics, scale = output
-        _save(ctx, input, scale, (*statistics, *arguments))
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-
-    def differentiate(ctx: Any, grad_output: Tensor | None, *_: Any) -> tuple:
-        input, scale, arguments = _saved(ctx)
-        inputs = len(arguments) + 1 - (outputs - 2)
-        if grad_output is None:
-            return (None,) * inputs
-        statistics, rest = arguments[: outputs - 2], arguments[outputs - 2 :]
-        operator = getattr(torch.ops.mlloss_cuda, f"{name}_backward")
-        gradients = operator(grad_output, scale, *statistics, input, *rest)
-        if outputs == 2:
-            return (gradients, *[None] * (inputs - 1))
-        grad_input, grad_threshold = gradients
-        return (grad_input, *[None] * _LABEL_ARGUMENTS, grad_threshold, None, None, None)
-
-    def fake_backward(*arguments: Any) -> Any:
-        input = arguments[outputs]
-        grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-        if outputs == 2:
-            return grad_input
-        return grad_input, input.new_empty(input.shape[0], dtype=_loss_dtype(input))
-
-    def refuse_setup(ctx: Any, inputs: tuple, output: Any) -> None:
-        pass
-
-    def refuse(ctx: Any, *_: Any) -> tuple:
-        raise _no_double_backward(name)
-
-    torch.library.register_fake(qualified, fake_forward, lib=_library)
-    torch.library.register_fake(f"{qualified}_backward", fake_backward, lib=_library)
-    torch.library.register_autograd(
-        qualified, differentiate, setup_context=setup_context, lib=_library
+    return _MULTILABEL_CATEGORICAL_CROSSENTROPY(
+        input, arguments, differentiable=input.requires_grad or threshold.requires_grad
     )
-    torch.library.register_autograd(
-        f"{qualified}_backward", refuse, setup_context=refuse_setup, lib=_library
-    )
-    for suffix in ("_out", "_backward_out"):
-        torch.library.register_fake(f"{qualified}{suffix}", lambda *_: None, lib=_library)
 
 
 def _load() -> None:
@@ -340,12 +305,5 @@ def _load() -> None:
 _load()
 if _kernels:
     _library = torch.library.Library("mlloss_cuda", "IMPL")
-    _register_functional(
-        "sigmoid_cross_entropy", _sigmoid_cross_entropy, _sigmoid_cross_entropy_backward, 2
-    )
-    _register_functional(
-        "multilabel_categorical_crossentropy",
-        _multilabel_categorical_crossentropy,
-        _multilabel_categorical_crossentropy_backward,
-        3,
-    )
+    _register(_SIGMOID_CROSS_ENTROPY)
+    _register(_MULTILABEL_CATEGORICAL_CROSSENTROPY)

@@ -290,11 +290,12 @@ def _normalize_sparse(labels: SparseLabels, input: Tensor, name: str) -> Labels:
             )
         if values.requires_grad:
             raise ValueError(f"{name}.values must not require grad; targets are constants")
-    for part, tensor in (("indices", indices), ("offsets", offsets), ("values", values)):
-        if tensor is not None and tensor.device != input.device:
+    parts = (("indices", indices), ("offsets", offsets), ("values", values))
+    for part, present in parts:
+        if present is not None and present.device != input.device:
             raise ValueError(
                 f"{name}.{part} must be on the device of input, {input.device}, "
-                f"got {tensor.device}"
+                f"got {present.device}"
             )
     rows = 1
     for size in input.shape[:-1]:
@@ -320,7 +321,9 @@ def _check_dense(labels: Tensor, input: Tensor, name: str, dtypes: tuple[torch.d
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must have one of the dtypes {names}, got {labels.dtype}")
     if labels.device != input.device:
-        raise ValueError(f"{name} must be on the device of input, {input.device}, got {labels.device}")
+        raise ValueError(
+            f"{name} must be on the device of input, {input.device}, got {labels.device}"
+        )
     if labels.requires_grad:
         raise ValueError(f"{name} must not require grad; it is a constant (detach it)")
 
@@ -383,9 +386,7 @@ def normalize_mask(mask: Tensor | SparseLabels | None, input: Tensor) -> Labels 
         return None
     if isinstance(mask, Tensor) and mask.layout == torch.sparse_csr:
         values = mask.values()
-        mask = SparseLabels(
-            torch.where(values != 0, mask.col_indices(), -1), mask.crow_indices()
-        )
+        mask = SparseLabels(torch.where(values != 0, mask.col_indices(), -1), mask.crow_indices())
     if isinstance(mask, SparseLabels):
         if mask.values is not None:
             raise ValueError(

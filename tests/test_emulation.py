@@ -16,12 +16,13 @@ import pytest
 from tests.emulation.build import (
     ROOT,
     SELFTEST,
+    Sanitizer,
     build,
     cuda_include_directory,
     current_sanitizer,
     load_or_skip,
 )
-from tests.emulation.run import command, runtime_library
+from tests.emulation.run import command, sanitizer_unavailable_reason
 
 pytestmark = pytest.mark.emulated
 
@@ -239,11 +240,11 @@ for argument in sys.argv[1:]:
 """
 
 
-def run_sanitized(sanitizer: str, *kernels: str) -> subprocess.CompletedProcess[str]:
+def run_sanitized(sanitizer: Sanitizer, *kernels: str) -> subprocess.CompletedProcess[str]:
     without_sanitizer()
     load_or_skip(SELFTEST)
-    if runtime_library(sanitizer) is None:
-        pytest.skip(f"the compiler has no shared library for -fsanitize={sanitizer}")
+    if reason := sanitizer_unavailable_reason(sanitizer):
+        pytest.skip(reason)
     build(SELFTEST, sanitizer)
     return subprocess.run(
         command(sanitizer, ["-c", PROGRAM, *kernels]), cwd=ROOT, text=True, capture_output=True
@@ -251,7 +252,7 @@ def run_sanitized(sanitizer: str, *kernels: str) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-def test_right_kernels_are_clean(sanitizer: str) -> None:
+def test_right_kernels_are_clean(sanitizer: Sanitizer) -> None:
     result = run_sanitized(sanitizer, *(f"{kernel}=none" for kernel in ARGUMENTS))
     assert (result.returncode, result.stderr) == (0, "")
 

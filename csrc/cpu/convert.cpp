@@ -70,7 +70,8 @@ MLLOSS_INLINE void narrow(float value, Half* out) {
 }
 
 template <class T, class Real>
-MLLOSS_INLINE void load_run(const void* data, int64_t offset, int64_t stride, int count, Real* out) {
+MLLOSS_INLINE void load_run(const void* data, int64_t offset, int64_t stride, int count,
+                            Real* out) {
   const T* source = static_cast<const T*>(data) + offset;
   if (stride == 1) {
 #pragma omp simd
@@ -96,15 +97,24 @@ template <class Real>
 MLLOSS_INLINE void load_any(const void* data, Element element, int64_t offset, int64_t stride,
                             int count, Real* out) {
   switch (element) {
-    case Element::kBool: return load_bools(data, offset, stride, count, out);
-    case Element::kUint8: return load_run<uint8_t>(data, offset, stride, count, out);
-    case Element::kInt8: return load_run<int8_t>(data, offset, stride, count, out);
-    case Element::kInt32: return load_run<int32_t>(data, offset, stride, count, out);
-    case Element::kInt64: return load_run<int64_t>(data, offset, stride, count, out);
-    case Element::kHalf: return load_run<Half>(data, offset, stride, count, out);
-    case Element::kBFloat16: return load_run<BFloat16>(data, offset, stride, count, out);
-    case Element::kFloat: return load_run<float>(data, offset, stride, count, out);
-    case Element::kDouble: return load_run<double>(data, offset, stride, count, out);
+    case Element::kBool:
+      return load_bools(data, offset, stride, count, out);
+    case Element::kUint8:
+      return load_run<uint8_t>(data, offset, stride, count, out);
+    case Element::kInt8:
+      return load_run<int8_t>(data, offset, stride, count, out);
+    case Element::kInt32:
+      return load_run<int32_t>(data, offset, stride, count, out);
+    case Element::kInt64:
+      return load_run<int64_t>(data, offset, stride, count, out);
+    case Element::kHalf:
+      return load_run<Half>(data, offset, stride, count, out);
+    case Element::kBFloat16:
+      return load_run<BFloat16>(data, offset, stride, count, out);
+    case Element::kFloat:
+      return load_run<float>(data, offset, stride, count, out);
+    case Element::kDouble:
+      return load_run<double>(data, offset, stride, count, out);
   }
 }
 
@@ -118,7 +128,8 @@ MLLOSS_INLINE void store_run(const Real* values, int count, void* data, int64_t 
 }  // namespace
 
 MLLOSS_CLONES
-void load(const void* data, Element element, int64_t offset, int64_t stride, int count, float* out) {
+void load(const void* data, Element element, int64_t offset, int64_t stride, int count,
+          float* out) {
   load_any(data, element, offset, stride, count, out);
 }
 
@@ -131,9 +142,12 @@ void load(const void* data, Element element, int64_t offset, int64_t stride, int
 MLLOSS_CLONES
 void store(const float* values, int count, void* data, Element element, int64_t offset) {
   switch (element) {
-    case Element::kHalf: return store_run<Half>(values, count, data, offset);
-    case Element::kBFloat16: return store_run<BFloat16>(values, count, data, offset);
-    default: return store_run<float>(values, count, data, offset);
+    case Element::kHalf:
+      return store_run<Half>(values, count, data, offset);
+    case Element::kBFloat16:
+      return store_run<BFloat16>(values, count, data, offset);
+    default:
+      return store_run<float>(values, count, data, offset);
   }
 }
 
@@ -145,13 +159,17 @@ int64_t element_size(Element element) {
   switch (element) {
     case Element::kBool:
     case Element::kUint8:
-    case Element::kInt8: return 1;
+    case Element::kInt8:
+      return 1;
     case Element::kHalf:
-    case Element::kBFloat16: return 2;
+    case Element::kBFloat16:
+      return 2;
     case Element::kInt32:
-    case Element::kFloat: return 4;
+    case Element::kFloat:
+      return 4;
     case Element::kInt64:
-    case Element::kDouble: return 8;
+    case Element::kDouble:
+      return 8;
   }
   return 0;
 }

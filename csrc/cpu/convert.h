@@ -8,7 +8,8 @@ namespace mlloss::cpu {
 
 // out[i] = data[offset + i * stride], i < count; `offset` and `stride` in elements.
 void load(const void* data, Element element, int64_t offset, int64_t stride, int count, float* out);
-void load(const void* data, Element element, int64_t offset, int64_t stride, int count, double* out);
+void load(const void* data, Element element, int64_t offset, int64_t stride, int count,
+          double* out);
 
 // data[offset + i] = values[i], rounded to nearest even; for the dtypes of logits.
 void store(const float* values, int count, void* data, Element element, int64_t offset);

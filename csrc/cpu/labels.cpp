@@ -215,8 +215,8 @@ void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& til
     std::memset(observed_, 0, count);
     for (auto entry = first; entry != last; ++entry) observed_[entry->column - begin] = 1;
   } else {
-    const uint8_t* source =
-        static_cast<const uint8_t*>(mask.data) + row_ * mask.row_stride + begin * mask.column_stride;
+    const uint8_t* source = static_cast<const uint8_t*>(mask.data) + row_ * mask.row_stride +
+                            begin * mask.column_stride;
     if (mask.column_stride == 1) {
       bytes = source;
     } else {

@@ -1,5 +1,6 @@
-// Reductions over a tile in parallel lanes. Written out because compilers do not vectorise a maximum
-// that treats NaN as IEEE comparisons do, and because many lanes keep sums short and so exact.
+// Reductions over a tile in parallel lanes. Written out because compilers do not vectorise a
+// maximum that treats NaN as IEEE comparisons do, and because many lanes keep sums short and so
+// exact.
 #pragma once
 #include "cpu/isa.h"
 

@@ -42,8 +42,7 @@ using Cpu = Operators<CpuBackend>;
 STABLE_TORCH_LIBRARY_IMPL(mlloss_cuda, CPU, m) {
   using mlloss::Cpu;
   m.impl("sigmoid_cross_entropy_out", TORCH_BOX(&Cpu::sigmoid_cross_entropy_out));
-  m.impl("sigmoid_cross_entropy_backward_out",
-         TORCH_BOX(&Cpu::sigmoid_cross_entropy_backward_out));
+  m.impl("sigmoid_cross_entropy_backward_out", TORCH_BOX(&Cpu::sigmoid_cross_entropy_backward_out));
   m.impl("multilabel_categorical_crossentropy_out",
          TORCH_BOX(&Cpu::multilabel_categorical_crossentropy_out));
   m.impl("multilabel_categorical_crossentropy_backward_out",

@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/labels.h"
 #include "cpu/lanes.h"
+#include "cpu/memory.h"
 #include "cpu/work.h"
 #include "math/scalar.h"
 #include "problem.h"
@@ -25,11 +26,12 @@ struct PointwiseTile {
   const Real* pos_weight = nullptr;
 };
 
-// ---- Loops over a tile ---------------------------------------------------------------------------
+// ---- Loops over a tile
+// ---------------------------------------------------------------------------
 
 // Adds kLanes elements to the lanes of a grouped sum: q <- q + e + q e collects the logarithms'
 // argument. A tile gives each lane at most 32 elements, so q < 2^32.
-template <TargetKind kKind, class Loss, class Real>
+template <TargetKind kKind, bool kMasked, class Loss, class Real>
 MLLOSS_INLINE void add_to_groups(const Loss& loss, const Real* logits, const uint8_t* hard,
                                  const Real* soft, const uint8_t* observed, Real* q, Real* linear) {
 #pragma omp simd
@@ -45,7 +47,7 @@ MLLOSS_INLINE void add_to_groups(const Loss& loss, const Real* logits, const uin
       e = exp_nonpositive(-absolute(x));
       part = positive_part(x);
     }
-    if (observed != nullptr) {
+    if constexpr (kMasked) {
       e = observed[j] != 0 ? e : Real(0);
       part = observed[j] != 0 ? part : Real(0);
     }
@@ -62,8 +64,8 @@ MLLOSS_INLINE double grouped_sum(const Loss& loss, const PointwiseTile<Real>& ti
   const LabelTile<Real>& labels = tile.labels;
   int i = 0;
   for (; i + kLanes <= tile.count; i += kLanes) {
-    add_to_groups<kKind>(loss, tile.logits + i, labels.hard + i, labels.soft + i,
-                         kMasked ? labels.observed + i : nullptr, q, linear);
+    add_to_groups<kKind, kMasked>(loss, tile.logits + i, labels.hard + i, labels.soft + i,
+                                  labels.observed + i, q, linear);
   }
   if (i < tile.count) {
     // The rest, filled up with logits of -inf and targets of 0, which cost 0.
@@ -76,7 +78,7 @@ MLLOSS_INLINE double grouped_sum(const Loss& loss, const PointwiseTile<Real>& ti
       if constexpr (kKind == TargetKind::kHard) hard[j] = inside ? labels.hard[i + j] : 0;
       observed[j] = inside && (!kMasked || labels.observed[i + j] != 0);
     }
-    add_to_groups<kKind>(loss, logits, hard, soft, observed, q, linear);
+    add_to_groups<kKind, kMasked>(loss, logits, hard, soft, observed, q, linear);
   }
   double sum = 0;
   Real parts[kLanes];
@@ -86,10 +88,12 @@ MLLOSS_INLINE double grouped_sum(const Loss& loss, const PointwiseTile<Real>& ti
   return sum;
 }
 
-// A tile as three numbers per element, whatever it was given as: what the loops with weights run on.
+// A tile as three numbers per element, whatever it was given as: what the loops with weights run
+// on.
 template <class Real>
 struct Operands {
-  alignas(64) Real factor[kTile];  // mask * weight: 0 where masked, NaN where the weight is negative
+  alignas(
+      64) Real factor[kTile];  // mask * weight: 0 where masked, NaN where the weight is negative
   alignas(64) Real target[kTile];
   alignas(64) Real pos_weight[kTile];
 
@@ -160,7 +164,8 @@ MLLOSS_INLINE void weighted_gradients(const Loss& loss, const PointwiseTile<Real
   }
 }
 
-// The same without weights and with hard targets: the sign of positives is flipped, and flipped back.
+// The same without weights and with hard targets: the sign of positives is flipped, and flipped
+// back.
 template <TargetKind kKind, bool kMasked, class Real>
 MLLOSS_INLINE void hard_gradients(const PointwiseTile<Real>& tile, Real scale, Real* gradients) {
 #pragma omp simd
@@ -169,14 +174,16 @@ MLLOSS_INLINE void hard_gradients(const PointwiseTile<Real>& tile, Real scale, R
     if constexpr (kKind == TargetKind::kHard) x = tile.labels.hard[i] != 0 ? -x : x;
     const Real e = exp_nonpositive(-absolute(x));
     Real gradient = scale * ((x < 0 ? e : Real(1)) / (Real(1) + e));
-    if constexpr (kKind == TargetKind::kHard) gradient = tile.labels.hard[i] != 0 ? -gradient : gradient;
+    if constexpr (kKind == TargetKind::kHard)
+      gradient = tile.labels.hard[i] != 0 ? -gradient : gradient;
     if constexpr (kMasked) gradient = tile.labels.observed[i] != 0 ? gradient : Real(0);
     // exp_nonpositive(NaN) is NaN, and so is the gradient.
     gradients[i] = gradient;
   }
 }
 
-// ---- A tile, dispatched to a loop ----------------------------------------------------------------
+// ---- A tile, dispatched to a loop
+// ----------------------------------------------------------------
 
 // These two are wrapped in functions marked MLLOSS_CLONES by each loss.
 
@@ -226,7 +233,8 @@ MLLOSS_INLINE void backward_tile(const Loss& loss, const PointwiseTile<Real>& ti
   weighted_gradients(loss, tile, scale, gradients);
 }
 
-// ---- The whole matrix ----------------------------------------------------------------------------
+// ---- The whole matrix
+// ----------------------------------------------------------------------------
 
 // One thread's buffers for decoding tiles.
 template <class Real>
@@ -296,7 +304,8 @@ template <class Real>
 double counted(const PointwiseTile<Real>& tile, Reduction reduction) {
   const uint8_t* observed = tile.labels.observed;
   if (reduction == Reduction::kMean || tile.weight == nullptr) {
-    return observed == nullptr ? tile.count : static_cast<double>(count_nonzero(observed, tile.count));
+    return observed == nullptr ? tile.count
+                               : static_cast<double>(count_nonzero(observed, tile.count));
   }
   Real factors[kTile];
   Operands<Real>::fill_factors(tile, factors);
@@ -311,7 +320,8 @@ double counted(const PointwiseTile<Real>& tile, Reduction reduction) {
 // Divides: writes the 0-d loss and the factor of the gradient.
 inline void finish_sum(const Problem& problem, PartialSum sum, const ForwardOutput& output) {
   double denominator = sum.denominator;
-  if (problem.reduction == Reduction::kSum || problem.reduction == Reduction::kNone) denominator = 1;
+  if (problem.reduction == Reduction::kSum || problem.reduction == Reduction::kNone)
+    denominator = 1;
   if (problem.reduction == Reduction::kBatchMean) denominator = static_cast<double>(problem.batch);
   if (problem.reduction == Reduction::kNormalizer) denominator = *problem.normalizer;
   const double scale = denominator == 0 ? 0 : 1 / denominator;
@@ -336,6 +346,9 @@ void pointwise_forward(PointwiseProblem problem, const Loss& loss, const Forward
   const bool counts = problem.reduction == Reduction::kMean ||
                       problem.reduction == Reduction::kMeanNonzero ||
                       problem.reduction == Reduction::kWeightedMean;
+  if (losses != nullptr) {
+    prefer_huge_pages(losses, problem.rows * problem.columns * int64_t(sizeof(Real)));
+  }
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     PointwiseReader<Real> reader(problem, !loss.keeps_hard_targets());
@@ -371,6 +384,8 @@ void pointwise_backward(PointwiseProblem problem, const Loss& loss, const Backwa
   using Real = typename Loss::Real;
   flatten(problem, &input.grad_output);
   const Pieces pieces(problem.rows, problem.columns);
+  prefer_huge_pages(output.grad_input,
+                    problem.rows * problem.columns * element_size(problem.element));
   const bool uniform = input.grad_output.row_stride == 0 && input.grad_output.column_stride == 0;
   constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
   double scale = *input.scale;
@@ -392,8 +407,8 @@ void pointwise_backward(PointwiseProblem problem, const Loss& loss, const Backwa
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
           const PointwiseTile<Real> tile = reader.tile(begin, count);
           const int64_t offset = row * problem.columns + begin;
-          Real* gradients = problem.element == kOwn ? static_cast<Real*>(output.grad_input) + offset
-                                                    : buffer;
+          Real* gradients =
+              problem.element == kOwn ? static_cast<Real*>(output.grad_input) + offset : buffer;
           backward(loss, tile, static_cast<Real>(scale), gradients);
           if (!uniform) {
             reader.constants(input.grad_output, begin, count, upstream);

@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/labels.h"
 #include "cpu/lanes.h"
+#include "cpu/memory.h"
 #include "cpu/work.h"
 #include "math/multilabel_categorical_crossentropy.h"
 #include "problem.h"
@@ -21,7 +22,8 @@ struct RowTile {
   LabelTile<Real> labels;
 };
 
-// ---- Loops over a tile ---------------------------------------------------------------------------
+// ---- Loops over a tile
+// ---------------------------------------------------------------------------
 
 // Where a maximum is infinite, the difference to it would be NaN, and the fast exponential does not
 // take positive arguments: element by element, with the C library.
@@ -53,8 +55,8 @@ MLLOSS_INLINE ScaledSum<double> scaled_sum(const Real* values, const Real* facto
 // A tile without positives and without a mask: every element is a negative.
 template <class Real>
 MLLOSS_INLINE ScaledSum<double> scaled_sum(const Real* values, int count) {
-  const Real largest = lane_max(count, -kInfinity<Real>,
-                                [=](int i) MLLOSS_INLINE_LAMBDA { return values[i]; });
+  const Real largest =
+      lane_max(count, -kInfinity<Real>, [=](int i) MLLOSS_INLINE_LAMBDA { return values[i]; });
   if (absolute(largest) == kInfinity<Real>) {
     double sum = 0;
     for (int i = 0; i < count; ++i) sum += std::exp(static_cast<double>(values[i]));
@@ -72,16 +74,16 @@ MLLOSS_INLINE RowSums<double> hard_sums(const RowTile<Real>& tile) {
   const uint8_t* hard = tile.labels.hard;
   const uint8_t* observed = tile.labels.observed;
   const auto on_side = [=](int i, bool positive) MLLOSS_INLINE_LAMBDA {
-    return (hard[i] != 0) == positive && (!kMasked || observed[i] != 0);
+    bool result = (hard[i] != 0) == positive;
+    if constexpr (kMasked) result &= observed[i] != 0;
+    return result;
   };
-  const Real most_positive =
-      lane_max(tile.count, -kInfinity<Real>, [=](int i) MLLOSS_INLINE_LAMBDA {
-        return on_side(i, true) ? -logits[i] : -kInfinity<Real>;
-      });
-  const Real most_negative =
-      lane_max(tile.count, -kInfinity<Real>, [=](int i) MLLOSS_INLINE_LAMBDA {
-        return on_side(i, false) ? logits[i] : -kInfinity<Real>;
-      });
+  const Real most_positive = lane_max(
+      tile.count, -kInfinity<Real>,
+      [=](int i) MLLOSS_INLINE_LAMBDA { return on_side(i, true) ? -logits[i] : -kInfinity<Real>; });
+  const Real most_negative = lane_max(
+      tile.count, -kInfinity<Real>,
+      [=](int i) MLLOSS_INLINE_LAMBDA { return on_side(i, false) ? logits[i] : -kInfinity<Real>; });
   if (most_positive == kInfinity<Real> || most_negative == kInfinity<Real>) {
     Real values[kTile], factors[kTile];
     RowSums<double> sums = RowSums<double>::empty();
@@ -103,12 +105,10 @@ MLLOSS_INLINE RowSums<double> hard_sums(const RowTile<Real>& tile) {
     const Real e = exp_nonpositive(hard[i] != 0 ? -x - positive_shift : x - negative_shift);
     terms[i] = kMasked && observed[i] == 0 ? Real(0) : e;
   }
-  const Real positive_sum = lane_sum<Real>(tile.count, [&](int i) MLLOSS_INLINE_LAMBDA {
-    return hard[i] != 0 ? terms[i] : Real(0);
-  });
-  const Real negative_sum = lane_sum<Real>(tile.count, [&](int i) MLLOSS_INLINE_LAMBDA {
-    return hard[i] != 0 ? Real(0) : terms[i];
-  });
+  const Real positive_sum = lane_sum<Real>(
+      tile.count, [&](int i) MLLOSS_INLINE_LAMBDA { return hard[i] != 0 ? terms[i] : Real(0); });
+  const Real negative_sum = lane_sum<Real>(
+      tile.count, [&](int i) MLLOSS_INLINE_LAMBDA { return hard[i] != 0 ? Real(0) : terms[i]; });
   return {{most_positive, positive_sum}, {most_negative, negative_sum}};
 }
 
@@ -146,8 +146,9 @@ MLLOSS_INLINE RowSums<double> sums_of_tile(const RowTile<Real>& tile) {
 
 // gradients[i] = scale * (-y k_p e^(-x - m_p) + (1 - y) k_n e^(x - m_n)), 0 where masked.
 template <class Real>
-MLLOSS_INLINE void gradients_of_tile(const RowTile<Real>& tile, const RowStatistics<Real>& statistics,
-                                     Real scale, Real* gradients) {
+MLLOSS_INLINE void gradients_of_tile(const RowTile<Real>& tile,
+                                     const RowStatistics<Real>& statistics, Real scale,
+                                     Real* gradients) {
   const Real positive_factor = -scale * statistics.positive_factor;
   const Real negative_factor = scale * statistics.negative_factor;
   const Real positive_shift = statistics.positive_shift;
@@ -185,7 +186,8 @@ MLLOSS_INLINE void gradients_of_tile(const RowTile<Real>& tile, const RowStatist
   }
 }
 
-// ---- The whole matrix ----------------------------------------------------------------------------
+// ---- The whole matrix
+// ----------------------------------------------------------------------------
 
 template <class Real>
 class RowReader {
@@ -293,6 +295,8 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
   const Pieces pieces(problem.rows, problem.columns);
   const auto* statistics = static_cast<const RowStatistics<Real>*>(input.statistics);
   auto* grad_threshold = static_cast<Real*>(output.grad_threshold);
+  prefer_huge_pages(output.grad_input,
+                    problem.rows * problem.columns * element_size(problem.element));
   constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
   const auto scale_of = [&](int64_t row) {
     const double weight = weight_at(problem.weight, row);
@@ -344,7 +348,8 @@ void reduce_rows(const RowwiseProblem& problem, const std::vector<double>& losse
     nonzero += weight != 0;
   }
   double denominator = static_cast<double>(problem.rows);
-  if (problem.reduction == Reduction::kNone || problem.reduction == Reduction::kSum) denominator = 1;
+  if (problem.reduction == Reduction::kNone || problem.reduction == Reduction::kSum)
+    denominator = 1;
   if (problem.reduction == Reduction::kMeanNonzero) denominator = nonzero;
   if (problem.reduction == Reduction::kWeightedMean) denominator = weights;
   if (problem.reduction == Reduction::kNormalizer) denominator = *problem.normalizer;

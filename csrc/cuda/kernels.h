@@ -17,8 +17,8 @@ cudaError_t sigmoid_cross_entropy_forward(const PointwiseProblem& problem, doubl
                                           const ForwardOutput& output, void* workspace,
                                           cudaStream_t stream);
 cudaError_t sigmoid_cross_entropy_backward(const PointwiseProblem& problem, double label_smoothing,
-                                           const BackwardInput& input,
-                                           const BackwardOutput& output, cudaStream_t stream);
+                                           const BackwardInput& input, const BackwardOutput& output,
+                                           cudaStream_t stream);
 
 cudaError_t multilabel_categorical_crossentropy_forward(const RowwiseProblem& problem,
                                                         const ForwardOutput& output,

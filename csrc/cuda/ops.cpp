@@ -19,8 +19,7 @@ namespace {
 // The device of a tensor made current, and its current stream.
 class CudaContext {
  public:
-  explicit CudaContext(const torch::stable::Tensor& tensor)
-      : guard_(tensor.get_device_index()) {
+  explicit CudaContext(const torch::stable::Tensor& tensor) : guard_(tensor.get_device_index()) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
                     "mlloss_cuda: this torch is built without CUDA");
     void* stream = nullptr;

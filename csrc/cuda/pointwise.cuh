@@ -1,8 +1,9 @@
 // Forward and backward kernels of any loss that is a sum over elements; the loss is a header in
 // math/, the same one that the CPU loops use.
 //
-// Bytes per element, s = size of a logit, t and u = bytes of target and mask (bool 1, sparse about 0,
-// float 4): forward s + t + u, backward 2 s + t + u. Expected limit: memory. Not measured on a GPU yet.
+// Bytes per element, s = size of a logit, t and u = bytes of target and mask (bool 1, sparse about
+// 0, float 4): forward s + t + u, backward 2 s + t + u. Expected limit: memory. Not measured on a
+// GPU yet.
 #pragma once
 #include <cstdint>
 
@@ -37,7 +38,7 @@ __device__ __forceinline__ void load_constants(const PointwiseProblem& problem, 
                                                Real (&factor)[kCount], Real (&pos_weight)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) factor[i] = pos_weight[i] = 1;
-  const auto load = [&](const Strided& array, Real (&out)[kCount]) {
+  const auto load = [&](const Strided& array, Real(&out)[kCount]) {
     if (array.data == nullptr) return;
     load_any(array.data, array.element, row * array.row_stride + column * array.column_stride,
              array.column_stride, extent, out);
@@ -58,12 +59,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                       PartialSum* __restrict__ partial) {        // [gridDim.x]
   using Real = typename Loss::Real;
   constexpr int kCount = kWidth<Scalar>;
-  constexpr int kUnroll = is_soft(kMode) ? 1 : kPerThread / kCount;  // reading any dtype is long code
+  constexpr int kUnroll =
+      is_soft(kMode) ? 1 : kPerThread / kCount;  // reading any dtype is long code
   using Tiles = LabelTiles<Real, kCount, is_soft(kMode)>;
   MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kTileWidth / 32);
   MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kTileWidth / 32);
-  MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values,
-                      (SharedLabels<Real, is_soft(kMode)>::kValues));
+  MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, is_soft(kMode)>::kValues));
   MLLOSS_SHARED_ARRAY(double, warps, kWarps);
 
   Tiles labels(problem, target_bitmap, mask_bitmap, values);
@@ -141,8 +142,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     pointwise_finish(const Reduction reduction, const int64_t batch,
-                     const double* __restrict__ normalizer,     // 0-d
-                     const PartialSum* __restrict__ partial,    // [blocks]
+                     const double* __restrict__ normalizer,      // 0-d
+                     const PartialSum* __restrict__ partial,     // [blocks]
                      const int blocks, Real* __restrict__ loss,  // 0-d
                      double* __restrict__ scale) {               // 0-d
   MLLOSS_SHARED_ARRAY(double, warps, kWarps);
@@ -169,12 +170,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
                        const BackwardInput input, Scalar* __restrict__ grad_input) {  // [N, C]
   using Real = typename Loss::Real;
   constexpr int kCount = kWidth<Scalar>;
-  constexpr int kUnroll = is_soft(kMode) ? 1 : kPerThread / kCount;  // reading any dtype is long code
+  constexpr int kUnroll =
+      is_soft(kMode) ? 1 : kPerThread / kCount;  // reading any dtype is long code
   using Tiles = LabelTiles<Real, kCount, is_soft(kMode)>;
   MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kTileWidth / 32);
   MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kTileWidth / 32);
-  MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values,
-                      (SharedLabels<Real, is_soft(kMode)>::kValues));
+  MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, is_soft(kMode)>::kValues));
 
   Tiles labels(problem, target_bitmap, mask_bitmap, values);
   const Strided& grad_output = input.grad_output;
@@ -247,7 +248,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// ---- Launching -----------------------------------------------------------------------------------
+// ---- Launching
+// -----------------------------------------------------------------------------------
 
 inline Mode mode_of(const PointwiseProblem& problem, bool keeps_hard_targets, bool per_element) {
   if (per_element || problem.weight.data != nullptr || problem.pos_weight.data != nullptr) {
@@ -268,11 +270,16 @@ template <class Scalar, class Run>
 cudaError_t dispatch_mode(Mode mode, const Run& run) {
   if constexpr (sizeof(Scalar) < 8) {
     switch (mode) {
-      case Mode::kHard: return run(ModeConstant<Mode::kHard>{});
-      case Mode::kHardMasked: return run(ModeConstant<Mode::kHardMasked>{});
-      case Mode::kSoft: return run(ModeConstant<Mode::kSoft>{});
-      case Mode::kSoftMasked: return run(ModeConstant<Mode::kSoftMasked>{});
-      case Mode::kGeneral: break;
+      case Mode::kHard:
+        return run(ModeConstant<Mode::kHard>{});
+      case Mode::kHardMasked:
+        return run(ModeConstant<Mode::kHardMasked>{});
+      case Mode::kSoft:
+        return run(ModeConstant<Mode::kSoft>{});
+      case Mode::kSoftMasked:
+        return run(ModeConstant<Mode::kSoftMasked>{});
+      case Mode::kGeneral:
+        break;
     }
   }
   return run(ModeConstant<Mode::kGeneral>{});
@@ -321,9 +328,9 @@ cudaError_t launch_pointwise_backward(PointwiseProblem problem, const Loss& loss
       input.grad_output.row_stride != 0 || input.grad_output.column_stride != 0;
   const auto run = [&](auto mode) {
     constexpr Mode kMode = decltype(mode)::value;
-    return MLLOSS_LAUNCH((pointwise_backward<Loss, Scalar, kMode>), grid_of(units.count, kMaxBlocks),
-                         dim3(kThreads), stream, problem, loss, units, input,
-                         static_cast<Scalar*>(output.grad_input));
+    return MLLOSS_LAUNCH((pointwise_backward<Loss, Scalar, kMode>),
+                         grid_of(units.count, kMaxBlocks), dim3(kThreads), stream, problem, loss,
+                         units, input, static_cast<Scalar*>(output.grad_input));
   };
   return dispatch_mode<Scalar>(mode_of(problem, loss.keeps_hard_targets(), per_element), run);
 }

@@ -1,8 +1,9 @@
-// Forward and backward kernels of losses that are a function of two sums over a row: of e^-x over its
-// positives and of e^x over its negatives. See math/multilabel_categorical_crossentropy.h.
+// Forward and backward kernels of losses that are a function of two sums over a row: of e^-x over
+// its positives and of e^x over its negatives. See math/multilabel_categorical_crossentropy.h.
 //
-// Bytes per element, s = size of a logit, t and u = bytes of target and mask (bool 1, sparse about 0,
-// float 4): forward s + t + u, backward 2 s + t + u. Expected limit: memory. Not measured on a GPU yet.
+// Bytes per element, s = size of a logit, t and u = bytes of target and mask (bool 1, sparse about
+// 0, float 4): forward s + t + u, backward 2 s + t + u. Expected limit: memory. Not measured on a
+// GPU yet.
 #pragma once
 #include <cstdint>
 
@@ -114,17 +115,19 @@ __device__ __forceinline__ double row_threshold(const RowwiseProblem& problem, i
 template <class Loss, class Real>
 __global__ void __launch_bounds__(kThreads)
     rowwise_finish(const RowwiseProblem problem, const Units units,
-                   const RowSums<Real>* __restrict__ sums,          // [N, segments]
-                   RowStatistics<Real>* __restrict__ statistics,    // [N]
-                   double* __restrict__ weighted,                   // [N]
-                   Real* __restrict__ losses) {                     // [N] or nullptr
+                   const RowSums<Real>* __restrict__ sums,        // [N, segments]
+                   RowStatistics<Real>* __restrict__ statistics,  // [N]
+                   double* __restrict__ weighted,                 // [N]
+                   Real* __restrict__ losses) {                   // [N] or nullptr
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < problem.rows;
        row += int64_t(gridDim.x) * kThreads) {
     RowSums<double> sum = RowSums<double>::empty();
     for (int64_t i = row * units.per_row; i < (row + 1) * units.per_row; ++i) {
       const RowSums<Real> part = sums[i];
-      sum.positive = combine(sum.positive, ScaledSum<double>{part.positive.largest, part.positive.sum});
-      sum.negative = combine(sum.negative, ScaledSum<double>{part.negative.largest, part.negative.sum});
+      sum.positive =
+          combine(sum.positive, ScaledSum<double>{part.positive.largest, part.positive.sum});
+      sum.negative =
+          combine(sum.negative, ScaledSum<double>{part.negative.largest, part.negative.sum});
     }
     const double loss =
         Loss::finish(sum.positive, sum.negative, row_threshold(problem, row), statistics + row);
@@ -138,8 +141,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     rowwise_reduce(const RowwiseProblem problem, const double* __restrict__ weighted,  // [N]
-                   Real* __restrict__ loss,                                           // 0-d
-                   double* __restrict__ scale) {                                      // 0-d
+                   Real* __restrict__ loss,                                            // 0-d
+                   double* __restrict__ scale) {                                       // 0-d
   MLLOSS_SHARED_ARRAY(double, warps, kWarps);
   const Reduction reduction = problem.reduction;
   double total = 0, counted = 0;
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(kThreads)
 template <class Loss, class Scalar, bool kSoft>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     rowwise_backward(const RowwiseProblem problem, const Units units, const BackwardInput input,
-                     Scalar* __restrict__ grad_input,  // [N, C]
+                     Scalar* __restrict__ grad_input,                                   // [N, C]
                      typename Arithmetic<Scalar>::Real* __restrict__ grad_threshold) {  // [N]
   using Real = typename Arithmetic<Scalar>::Real;
   constexpr int kCount = kWidth<Scalar>;
@@ -185,14 +188,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     const double weight = row_weight<double>(problem, row);
     const double upstream = load_one<double>(input.grad_output.data, input.grad_output.element,
                                              row * input.grad_output.row_stride);
-    const Real scale =
-        weight == 0 ? Real(0) : static_cast<Real>(weight * upstream * *input.scale);
+    const Real scale = weight == 0 ? Real(0) : static_cast<Real>(weight * upstream * *input.scale);
     const Real positive_factor = -scale * own.positive_factor;
     const Real negative_factor = scale * own.negative_factor;
     if (threadIdx.x == 0 && unit % units.per_row == 0) {
       const Real threshold = static_cast<Real>(row_threshold(problem, row));
-      grad_threshold[row] =
-          scale == 0 ? Real(0) : scale * Loss::threshold_gradient(own, threshold);
+      grad_threshold[row] = scale == 0 ? Real(0) : scale * Loss::threshold_gradient(own, threshold);
     }
     Scalar* gradient_row = grad_input + row * problem.columns;
     labels.start_row(row, segment.shift);
@@ -232,12 +233,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// ---- Launching -----------------------------------------------------------------------------------
+// ---- Launching
+// -----------------------------------------------------------------------------------
 
 // Bytes of scratch memory that a forward pass needs: sums per segment, losses per row.
 inline int64_t rowwise_workspace(const RowwiseProblem& problem) {
-  return problem.rows * static_cast<int64_t>(sizeof(double)) +
-         units_of(problem).count * static_cast<int64_t>(sizeof(RowSums<double>));
+  const int64_t size =
+      problem.element == Element::kDouble ? sizeof(RowSums<double>) : sizeof(RowSums<float>);
+  return problem.rows * static_cast<int64_t>(sizeof(double)) + units_of(problem).count * size;
 }
 
 template <class Loss, class Scalar>

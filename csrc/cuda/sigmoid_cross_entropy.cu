@@ -20,8 +20,8 @@ cudaError_t sigmoid_cross_entropy_forward(const PointwiseProblem& problem, doubl
 }
 
 cudaError_t sigmoid_cross_entropy_backward(const PointwiseProblem& problem, double label_smoothing,
-                                           const BackwardInput& input,
-                                           const BackwardOutput& output, cudaStream_t stream) {
+                                           const BackwardInput& input, const BackwardOutput& output,
+                                           cudaStream_t stream) {
   return dispatch_logits(problem.element, [&](auto scalar) {
     using Scalar = typename decltype(scalar)::Type;
     using Loss = SigmoidCrossEntropy<typename Arithmetic<Scalar>::Real>;

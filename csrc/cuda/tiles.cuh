@@ -1,7 +1,7 @@
 // How a block walks over a matrix, and how it gets the targets and masks of what it sees.
 //
-// Rows are split into segments of kTilesPerSegment tiles; a segment of a row is the unit of work of a
-// block. The split depends on the shape alone, so results do not depend on the GPU.
+// Rows are split into segments of kTilesPerSegment tiles; a segment of a row is the unit of work of
+// a block. The split depends on the shape alone, so results do not depend on the GPU.
 #pragma once
 #include <cstdint>
 
@@ -51,8 +51,8 @@ struct Segment {
 // The labels of a vector of kCount elements.
 template <class Real, int kCount>
 struct VectorLabels {
-  uint32_t positive;  // bit i: element i is a positive (hard targets)
-  uint32_t observed;  // bit i: element i is in the row and not masked
+  uint32_t positive;    // bit i: element i is a positive (hard targets)
+  uint32_t observed;    // bit i: element i is in the row and not masked
   Real target[kCount];  // soft targets, NaN where invalid
 };
 
@@ -100,8 +100,8 @@ class LabelTiles {
   __device__ __forceinline__ void start_row(int64_t row, int shift) {
     row_ = row;
     shift_ = shift;
-    valid_ = find_entries(problem_.target, target_first_, target_last_) &&
-             find_entries(problem_.mask, mask_first_, mask_last_);
+    mask_is_valid_ = find_entries(problem_.mask, mask_first_, mask_last_);
+    is_valid_ = find_entries(problem_.target, target_first_, target_last_) && mask_is_valid_;
   }
 
   // All threads of the block call this before they ask for vectors of the tile at `begin`.
@@ -109,7 +109,7 @@ class LabelTiles {
     begin_ = begin;
     const bool sparse_target = target_first_ < target_last_;
     const bool sparse_mask = problem_.mask.format == Format::kSparse;
-    if (!valid_ || (!sparse_target && !sparse_mask)) return;
+    if (!mask_is_valid_ || (!sparse_target && !sparse_mask)) return;
     __syncthreads();  // the previous tile has been read
     for (int i = threadIdx.x; i < kTileWidth / 32; i += kThreads) {
       target_bitmap_[i] = 0;
@@ -120,19 +120,23 @@ class LabelTiles {
       for (int i = threadIdx.x; i < kTileWidth; i += kThreads) values_[i] = 0;
     }
     __syncthreads();
-    bool out_of_range = false;
-    if (has_values) {
-      out_of_range |= mark_values();
-    } else {
-      out_of_range |= mark_bits(problem_.target, target_first_, target_last_, target_bitmap_);
+    unsigned out_of_range = 0;
+    if (is_valid_) {
+      const bool bad_target =
+          has_values ? mark_values()
+                     : mark_bits(problem_.target, target_first_, target_last_, target_bitmap_);
+      if (bad_target) out_of_range |= kBadTarget;
     }
-    out_of_range |= mark_bits(problem_.mask, mask_first_, mask_last_, mask_bitmap_);
-    if (__syncthreads_or(out_of_range)) valid_ = false;
+    if (mark_bits(problem_.mask, mask_first_, mask_last_, mask_bitmap_)) out_of_range |= kBadMask;
+    const bool any_bad_mask = __syncthreads_or(out_of_range & kBadMask);
+    const bool any_bad_target = __syncthreads_or(out_of_range & kBadTarget);
+    mask_is_valid_ = !any_bad_mask;
+    is_valid_ = is_valid_ && !any_bad_target && !any_bad_mask;
   }
 
-  // False if the labels of this row cannot be told; all its elements are NaN then. Every tile looks
-  // at all entries of the row, so all tiles agree.
-  __device__ __forceinline__ bool is_valid() const { return valid_; }
+  // False if the labels of this row cannot be told; its observed elements are NaN then. Every tile
+  // looks at all entries of the row, so all tiles agree.
+  __device__ __forceinline__ bool is_valid() const { return is_valid_; }
 
   // Labels of the vector at `offset` within the tile, of whose elements `extent` are in the row.
   __device__ __forceinline__ VectorLabels<Real, kCount> vector(int offset, Extent extent) const {
@@ -140,25 +144,26 @@ class LabelTiles {
     const uint32_t inside = ((1u << extent.last) - 1u) & ~((1u << extent.first) - 1u);
     labels.positive = 0;
     labels.observed = inside;
-    if (!valid_) {
-      if constexpr (kSoft) {
-#pragma unroll
-        for (int i = 0; i < kCount; ++i) labels.target[i] = kNaN<Real>;
-      }
-      return labels;
-    }
     const int64_t column = begin_ + offset - shift_;
-    read_target(offset, column, extent, labels);
+    if (is_valid_) {
+      read_target(offset, column, extent, labels);
+    } else if constexpr (kSoft) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) labels.target[i] = kNaN<Real>;
+    }
     const Labels& mask = problem_.mask;
-    if (mask.data != nullptr) {
-      labels.observed &= mask.format == Format::kSparse
-                             ? bitmap_at(mask_bitmap_, offset)
-                             : load_bits<kCount>(address_of(mask, column), mask.column_stride, extent);
+    if (mask.data != nullptr && mask_is_valid_) {
+      labels.observed &=
+          mask.format == Format::kSparse
+              ? bitmap_at(mask_bitmap_, offset)
+              : load_bits<kCount>(address_of(mask, column), mask.column_stride, extent);
     }
     return labels;
   }
 
  private:
+  static constexpr unsigned kBadTarget = 1, kBadMask = 2;
+
   // The entries of this row; false if the offsets are no valid boundaries.
   __device__ __forceinline__ bool find_entries(const Labels& labels, int64_t& first,
                                                int64_t& last) const {
@@ -185,7 +190,8 @@ class LabelTiles {
   }
 
   // The same for soft targets. Of duplicates the largest wins; the bits of numbers that are not
-  // negative are ordered as the numbers are. Invalid values become infinite, NaN when they are read.
+  // negative are ordered as the numbers are. Invalid values become infinite, NaN when they are
+  // read.
   __device__ __forceinline__ bool mark_values() const {
     const Labels& target = problem_.target;
     bool out_of_range = false;
@@ -195,7 +201,8 @@ class LabelTiles {
       out_of_range |= column >= problem_.columns;
       if (column >= 0 && column < problem_.columns && place >= 0 && place < kTileWidth) {
         const Real value = load_one<Real>(target.values, target.values_element, i);
-        atomicMax(&values_[place], bits_of(value >= 0 && value <= 1 ? value + Real(0) : kInfinity<Real>));
+        atomicMax(&values_[place],
+                  bits_of(value >= 0 && value <= 1 ? value + Real(0) : kInfinity<Real>));
       }
     }
     return out_of_range;
@@ -239,8 +246,8 @@ class LabelTiles {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) labels.target[i] = 0;
       load_any(target.data, target.element,
-               row_ * target.row_stride + column * target.column_stride, target.column_stride, extent,
-               labels.target);
+               row_ * target.row_stride + column * target.column_stride, target.column_stride,
+               extent, labels.target);
       const bool ignores_nan = problem_.ignored != problem_.ignored;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -255,7 +262,8 @@ class LabelTiles {
 
   __device__ __forceinline__ void fill_from_bits(VectorLabels<Real, kCount>& labels) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) labels.target[i] = labels.positive >> i & 1u ? Real(1) : Real(0);
+    for (int i = 0; i < kCount; ++i)
+      labels.target[i] = labels.positive >> i & 1u ? Real(1) : Real(0);
   }
 
   const Problem& problem_;
@@ -265,7 +273,8 @@ class LabelTiles {
   int64_t row_ = 0;
   int shift_ = 0;
   int64_t begin_ = 0;
-  bool valid_ = true;
+  bool is_valid_ = true;
+  bool mask_is_valid_ = true;
   int64_t target_first_ = 0, target_last_ = 0;
   int64_t mask_first_ = 0, mask_last_ = 0;
 };

@@ -30,11 +30,16 @@ struct TypeTag {
 template <class Run>
 cudaError_t dispatch_logits(Element element, const Run& run) {
   switch (element) {
-    case Element::kFloat: return run(TypeTag<float>{});
-    case Element::kHalf: return run(TypeTag<__half>{});
-    case Element::kBFloat16: return run(TypeTag<__nv_bfloat16>{});
-    case Element::kDouble: return run(TypeTag<double>{});
-    default: return cudaErrorInvalidValue;
+    case Element::kFloat:
+      return run(TypeTag<float>{});
+    case Element::kHalf:
+      return run(TypeTag<__half>{});
+    case Element::kBFloat16:
+      return run(TypeTag<__nv_bfloat16>{});
+    case Element::kDouble:
+      return run(TypeTag<double>{});
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -45,7 +50,9 @@ __device__ __forceinline__ float to_real(__nv_bfloat16 value) { return __bfloat1
 
 __device__ __forceinline__ void from_real(float value, float* out) { *out = value; }
 __device__ __forceinline__ void from_real(double value, double* out) { *out = value; }
-__device__ __forceinline__ void from_real(float value, __half* out) { *out = __float2half_rn(value); }
+__device__ __forceinline__ void from_real(float value, __half* out) {
+  *out = __float2half_rn(value);
+}
 __device__ __forceinline__ void from_real(float value, __nv_bfloat16* out) {
   *out = __float2bfloat16_rn(value);
 }
@@ -137,8 +144,8 @@ __device__ __forceinline__ void load_logits(const Scalar* row, int64_t column, E
   }
 }
 
-// Rounds and writes elements [column, column + kCount) of a row of the gradient, whose alignment may
-// differ from that of the logits.
+// Rounds and writes elements [column, column + kCount) of a row of the gradient, whose alignment
+// may differ from that of the logits.
 template <class Scalar, class Real, int kCount>
 __device__ __forceinline__ void store_gradients(Scalar* row, int64_t column, Extent extent,
                                                 const Real (&values)[kCount]) {
@@ -156,7 +163,8 @@ __device__ __forceinline__ void store_gradients(Scalar* row, int64_t column, Ext
   }
 }
 
-// ---- Arrays of any dtype -------------------------------------------------------------------------
+// ---- Arrays of any dtype
+// -------------------------------------------------------------------------
 
 template <class Real, class T>
 __device__ __forceinline__ Real convert(T value) {

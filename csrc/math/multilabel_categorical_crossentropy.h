@@ -15,8 +15,8 @@
 
 namespace mlloss {
 
-// sum of factor * e^value over some elements, as e^largest * sum: neither overflows. Without default
-// values, so that arrays of it may be in shared memory.
+// sum of factor * e^value over some elements, as e^largest * sum: neither overflows. Without
+// default values, so that arrays of it may be in shared memory.
 template <class Real>
 struct ScaledSum {
   Real largest;
@@ -52,8 +52,8 @@ MLLOSS_MATH ScaledSum<Real> combine(ScaledSum<Real> a, ScaledSum<Real> b) {
   return {largest, a_part + b_part};
 }
 
-// Everything the gradient of a row needs: d/dx_i = -y_i k_p e^(-x_i - m_p) + (1 - y_i) k_n e^(x_i - m_n).
-// The maxima are logits (or s0) and therefore exact; their difference to a logit is as well.
+// Everything the gradient of a row needs: d/dx_i = -y_i k_p e^(-x_i - m_p) + (1 - y_i) k_n e^(x_i -
+// m_n). The maxima are logits (or s0) and therefore exact; their difference to a logit is as well.
 template <class Real>
 struct RowStatistics {
   Real positive_shift;   // m_p
@@ -67,16 +67,16 @@ struct MultilabelCategoricalCrossentropy {
   template <class Real>
   MLLOSS_MATH static double finish(ScaledSum<double> positive, ScaledSum<double> negative,
                                    double threshold, RowStatistics<Real>* statistics) {
-    const double loss = side(positive, -threshold, &statistics->positive_shift,
-                             &statistics->positive_factor) +
-                        side(negative, threshold, &statistics->negative_shift,
-                             &statistics->negative_factor);
+    const double loss =
+        side(positive, -threshold, &statistics->positive_shift, &statistics->positive_factor) +
+        side(negative, threshold, &statistics->negative_shift, &statistics->negative_factor);
     return loss;
   }
 
   // dL/ds0.
   template <class Real>
-  MLLOSS_MATH static Real threshold_gradient(const RowStatistics<Real>& statistics, Real threshold) {
+  MLLOSS_MATH static Real threshold_gradient(const RowStatistics<Real>& statistics,
+                                             Real threshold) {
     return statistics.negative_factor * Real(std::exp(threshold - statistics.negative_shift)) -
            statistics.positive_factor * Real(std::exp(-threshold - statistics.positive_shift));
   }

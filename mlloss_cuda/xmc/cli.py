@@ -180,28 +180,29 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
-    def add(flag: str, help: str, **more: object) -> None:
-        name = flag[2:].replace("-", "_")
-        default = getattr(Settings, name)
+    for flag, meaning in (
+        ("--epochs", "passes over the training rows"),
+        ("--seed", "of everything random"),
+        ("--hidden", "units of the hidden layer"),
+        ("--batch-size", "rows per step"),
+        ("--dropout", "share of hidden units dropped"),
+        ("--feature-dropout", "share of feature entries dropped"),
+        ("--device", "cpu, cuda, cuda:1, ..."),
+    ):
+        default = getattr(Settings, flag[2:].replace("-", "_"))
         parser.add_argument(
-            flag, dest=name, type=type(default), default=default, help=help, **more
+            flag, type=type(default), default=default, metavar="VALUE", help=meaning
         )
-
-    add("--epochs", "passes over the training rows", metavar="N")
-    add("--seed", "of everything random", metavar="N")
-    add("--hidden", "units of the hidden layer", metavar="N")
-    add("--batch-size", "rows per step", metavar="N")
-    add("--dropout", "share of hidden units dropped", metavar="P")
-    add("--feature-dropout", "share of feature entries dropped", metavar="P")
-    add("--features", "treatment of the features", choices=TREATMENTS)
-    add("--device", "cpu, cuda, cuda:1, ...", metavar="NAME")
     parser.add_argument(
         "--lr",
         dest="learning_rate",
         type=float,
         default=Settings.learning_rate,
-        metavar="RATE",
+        metavar="VALUE",
         help="largest learning rate of the schedule",
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="threads of torch on the CPU")
+    parser.add_argument(
+        "--features", choices=TREATMENTS, default=Settings.features, help="treatment of features"
+    )
+    parser.add_argument("--threads", type=int, metavar="VALUE", help="threads on the CPU")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

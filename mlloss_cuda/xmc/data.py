@@ -19,7 +19,9 @@ when the first one refuses a block, so an error message costs no speed on good f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import re
 import tempfile
@@ -35,6 +37,7 @@ FloatArray = npt.NDArray[np.float32]
 LARGEST_ID = 2**31 - 2
 """Ids and sizes stay below 2^31, so that every count fits the int32 indices of other tools."""
 
+_VALUE_LIMIT = float(2**128 - 2**103)  # from here on, numbers round to infinity in float32
 _BLOCK_BYTES = 1 << 22  # the block parser's arrays take about 30 times this
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _HEADER = re.compile(rb"[ \t]*([0-9]+)[ \t]+([0-9]+)[ \t]+([0-9]+)[ \t]*")
@@ -98,10 +101,12 @@ class Dataset:
 
     @property
     def num_rows(self) -> int:
+        """N."""
         return len(self.feature_offsets) - 1
 
     @property
     def rows_without_labels(self) -> int:
+        """How many rows have no label."""
         return int(np.count_nonzero(np.diff(self.label_offsets) == 0))
 
     def label_counts(self) -> IntArray:
@@ -182,47 +187,46 @@ def read_pair(
 
 def write_dataset(path: str | os.PathLike[str], dataset: Dataset) -> None:
     """Write XMC text with a header. The file appears under its name only when it is complete."""
-    with atomic_file(path) as temporary:
-        with open(temporary, "w", encoding="ascii", newline="\n") as file:
-            file.write(f"{dataset.num_rows} {dataset.num_features} {dataset.num_labels}\n")
-            for row in range(dataset.num_rows):
-                a, b = dataset.feature_offsets[row : row + 2]
-                c, d = dataset.label_offsets[row : row + 2]
-                labels = ",".join(map(str, dataset.label_ids[c:d].tolist()))
-                features = " ".join(
-                    f"{feature}:{value:.9g}"
-                    for feature, value in zip(
-                        dataset.feature_ids[a:b].tolist(),
-                        dataset.feature_values[a:b].tolist(),
-                        strict=True,
-                    )
-                )
-                file.write(f"{labels} {features}\n")
+    with (
+        atomic_file(path) as temporary,
+        open(temporary, "w", encoding="ascii", newline="\n") as file,
+    ):
+        file.write(f"{dataset.num_rows} {dataset.num_features} {dataset.num_labels}\n")
+        for row in range(dataset.num_rows):
+            a, b = dataset.feature_offsets[row : row + 2]
+            c, d = dataset.label_offsets[row : row + 2]
+            features = zip(
+                dataset.feature_ids[a:b].tolist(),
+                dataset.feature_values[a:b].tolist(),
+                strict=True,
+            )
+            file.write(",".join(map(str, dataset.label_ids[c:d].tolist())))
+            # A space even if nothing follows: it tells a row without labels from an empty line.
+            file.write(" " + " ".join(f"{id}:{value:.9g}" for id, value in features) + "\n")
 
 
-class atomic_file:
-    """Context manager: a temporary path beside `path`, renamed to `path` if the block succeeds."""
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` if the block succeeds.
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-
-    def __enter__(self) -> str:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # The suffix stays, because writers such as matplotlib choose the format by it.
-        descriptor, self.temporary = tempfile.mkstemp(
-            dir=self.path.parent, prefix=f".{self.path.stem}-", suffix=self.path.suffix
-        )
-        os.close(descriptor)
-        return self.temporary
-
-    def __exit__(self, kind: object, value: object, traceback: object) -> None:
-        if kind is not None:
-            os.unlink(self.temporary)
-            return
+    Directories are made if missing. After a failure, what was at `path` is still there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays, because writers such as matplotlib choose the format by it.
+    descriptor, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+    )
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(self.temporary, 0o666 & ~mask)  # mkstemp makes files that only the owner can read
-        os.replace(self.temporary, self.path)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes files that only the owner can read
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass
@@ -349,7 +353,7 @@ def _read_header(path: str, content: bytes) -> tuple[int, int, int] | None:
             f"expected a header 'N D L' of three integers, or a row with 'feature:value', "
             f"found {_show(line)}",
         )
-    sizes = tuple(int(group) for group in match.groups())
+    sizes = tuple(_integer(group) for group in match.groups())
     for name, size in zip("NDL", sizes, strict=True):
         if size > LARGEST_ID:
             raise DataError(path, 1, f"expected {name} up to {LARGEST_ID}, found {_show(line)}")
@@ -407,7 +411,7 @@ def _parse_block(block: bytes, num_features: int, num_labels: int) -> _Rows | No
     if (
         labels.max(initial=-1) >= num_labels
         or features.max(initial=-1) >= num_features
-        or np.abs(values).max(initial=0) > np.finfo(np.float32).max
+        or np.abs(values).max(initial=0) >= _VALUE_LIMIT
     ):
         return None
     line_of_number = np.searchsorted(line_ends, starts)
@@ -453,13 +457,11 @@ def _parse_row(
     labels: list[int] = []
     for label in tokens[0].split(b",") if tokens[0] else []:
         if b":" in label:
-            return (
-                f"expected labels or a space before the first feature, found {_show(tokens[0])}"
-            )
+            return f"expected labels or a space before the first feature, found {_show(tokens[0])}"
         wrong = _wrong_id("label", label, num_labels, has_header, "L")
         if wrong:
             return wrong
-        labels.append(int(label))
+        labels.append(_integer(label))
     features: list[int] = []
     values: list[float] = []
     for token in filter(None, tokens[1:]):
@@ -470,25 +472,30 @@ def _parse_row(
         if wrong:
             return wrong
         if not _NUMBER.fullmatch(value):
-            return f"expected a finite number as value of feature {int(feature)}, found {_show(value)}"
-        if abs(float(value)) > np.finfo(np.float32).max:
-            return f"expected a value within float32's range, found {_show(value)}"
-        features.append(int(feature))
+            return f"expected a finite number as the value of a feature, found {_show(token)}"
+        if abs(float(value)) >= _VALUE_LIMIT:
+            return f"expected a value within the range of float32, found {_show(token)}"
+        features.append(_integer(feature))
         values.append(float(value))
-    if len(set(features)) < len(features):
-        seen: set[int] = set()
-        twice = next(feature for feature in features if feature in seen or seen.add(feature))
-        return f"expected each feature once, found feature {twice} twice"
+    for first, second in itertools.pairwise(sorted(features)):
+        if first == second:
+            return f"expected each feature once, found feature {first} twice"
     return labels, features, values
 
 
 def _wrong_id(name: str, text: bytes, size: int, has_header: bool, size_name: str) -> str | None:
     if not _INTEGER.fullmatch(text):
         return f"expected a {name} id (an integer from 0), found {_show(text)}"
-    if int(text) >= size:
+    if _integer(text) >= size:
         why = f"the header says {size_name} = {size}" if has_header else "larger ids are not taken"
         return f"expected a {name} id from 0 to {size - 1} ({why}), found {_show(text)}"
     return None
+
+
+def _integer(digits: bytes) -> int:
+    """The number, or one above `LARGEST_ID`; Python refuses to convert thousands of digits."""
+    digits = digits.lstrip(b"0")
+    return int(digits or b"0") if len(digits) <= len(str(LARGEST_ID)) else LARGEST_ID + 1
 
 
 def _show(text: bytes) -> str:

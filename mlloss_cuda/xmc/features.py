@@ -11,7 +11,7 @@ from mlloss_cuda.xmc.data import Dataset, FloatArray, IntArray
 TREATMENTS = ("auto", "tfidf", "standardize", "raw")
 
 DENSE_SHARE = 0.25
-"""Above this share of non-zero entries, features are taken for measurements, not for word counts."""
+"""Above this share of entries, features are taken for measurements, not for counts of words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +63,7 @@ class FeatureTransform:
         return FeatureTransform(treatment, scale, shift)
 
     def apply(self, dataset: Dataset) -> Dataset:
+        """The data set with transformed features."""
         ids, offsets = dataset.feature_ids, dataset.feature_offsets
         values = dataset.feature_values
         if self.treatment == "standardize":

@@ -78,9 +78,10 @@ def generate(settings: GeneratorSettings) -> tuple[Dataset, Dataset]:
         group_of_label[label_ids[entries]], random.integers(0, GROUP_WORDS, len(entries))
     ]
     own = random.random(len(entries)) < OWN_WORD_SHARE
-    background = random.choice(words, rows * settings.background_words, p=word_chance)
+    background_rows = np.repeat(np.arange(rows), settings.background_words)
+    background = random.choice(words, len(background_rows), p=word_chance)
     feature_rows, feature_ids, occurrences = _unique_pairs(
-        np.concatenate((label_rows[entries], np.repeat(np.arange(rows), settings.background_words))),
+        np.concatenate((label_rows[entries], background_rows)),
         np.concatenate((np.where(own, of_label, of_group), background)),
         words,
     )
@@ -130,9 +131,7 @@ def _draw_related(
     return order[np.clip(position - 1, start, end - 1)]
 
 
-def _unique_pairs(
-    rows: IntArray, ids: IntArray, size: int
-) -> tuple[IntArray, IntArray, IntArray]:
+def _unique_pairs(rows: IntArray, ids: IntArray, size: int) -> tuple[IntArray, IntArray, IntArray]:
     """The different (row, id) pairs in ascending order, and how often each occurs."""
     keys, occurrences = np.unique(rows * size + ids, return_counts=True)
     return keys // size, keys % size, occurrences

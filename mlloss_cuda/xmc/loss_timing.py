@@ -70,6 +70,10 @@ def time_losses(
     The methods take turns, so that a disturbance hits all of them, and the median counts.
 
     Args:
+        rows: of the batch.
+        labels: of the data set.
+        labels_per_row: positive labels of each row, drawn at random.
+        device: of the logits.
         rounds: calls of each method.
         seconds: stop earlier when one loss has taken this long, compilation not counted.
     """

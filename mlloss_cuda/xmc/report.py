@@ -77,9 +77,8 @@ def make_report(
 def write_report(path: str | os.PathLike[str], report: object) -> None:
     """Write JSON. The file appears under its name only when it is complete."""
     text = json.dumps(report, indent=2, allow_nan=False)
-    with atomic_file(path) as temporary:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text + "\n")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

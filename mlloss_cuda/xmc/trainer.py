@@ -103,6 +103,7 @@ class Classifier:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is."""
         return self.model.head.weight.device
 
 
@@ -165,11 +166,12 @@ def fit(
         mininterval=0.1 if sys.stderr.isatty() else 10,  # keep log files short
     ) as bar:
         for epoch in range(1, settings.epochs + 1):
-            start = time.perf_counter()
+            began = time.perf_counter()
             model.train()
             total = torch.zeros((), dtype=torch.float64, device=device)
             order = shuffle.permutation(train.num_rows)
-            for rows in np.split(order, range(settings.batch_size, len(order), settings.batch_size)):
+            for start in range(0, train.num_rows, settings.batch_size):
+                rows = order[start : start + settings.batch_size]
                 features, labels = _batch(inputs, rows, device)
                 loss = _loss(settings.loss, model(*features), labels)
                 optimizer.zero_grad(set_to_none=True)
@@ -179,7 +181,7 @@ def fit(
                 total += loss.detach() * len(rows)
                 bar.update(len(rows))
             mean = float(total) / train.num_rows
-            seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - began
             if not math.isfinite(mean):
                 raise FloatingPointError(
                     f"the loss became {mean} in epoch {epoch}; try a lower learning rate"

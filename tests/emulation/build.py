@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal, cast, get_args
 
 import pytest
 
@@ -39,9 +39,9 @@ class BuildError(RuntimeError):
 def current_sanitizer() -> Sanitizer:
     """The sanitizer that this process was started with."""
     name = os.environ.get(SANITIZER_VARIABLE) or "none"
-    if name not in ("none", "address", "thread"):
+    if name not in get_args(Sanitizer):
         raise ValueError(f"{SANITIZER_VARIABLE} is 'address', 'thread' or unset, not {name!r}")
-    return name
+    return cast("Sanitizer", name)
 
 
 def compiler() -> str | None:
@@ -92,7 +92,7 @@ def build(target: str = KERNELS, sanitizer: Sanitizer = "none") -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two test runs may start at the same time
         _configure(directory, sanitizer)
         _run([_tool("ninja"), "-C", directory, target])
-    return directory / (target + sysconfig.get_config_var("EXT_SUFFIX"))
+    return directory / f"{target}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def load(target: str = KERNELS) -> ModuleType:
@@ -143,19 +143,18 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=Path(sys.executable).parent) or shutil.which(name)
 
 
-def _run(command: list[str | Path | None]) -> None:
+def _run(command: list[Any]) -> None:
     environment = os.environ.copy()
     environment.pop("LD_PRELOAD", None)  # a sanitizer is meant for the tests, not for the compiler
-    result = subprocess.run(
-        [str(word) for word in command], env=environment, text=True, capture_output=True
-    )
+    words = [str(word) for word in command]
+    result = subprocess.run(words, env=environment, text=True, capture_output=True)
     if result.returncode != 0:
-        raise BuildError(f"{' '.join(map(str, command))}\n{result.stdout}{result.stderr}")
+        raise BuildError(f"{' '.join(words)}\n{result.stdout}{result.stderr}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sanitizer", choices=("none", "address", "thread"), default="none")
+    parser.add_argument("--sanitizer", choices=get_args(Sanitizer), default="none")
     parser.add_argument("--target", choices=(KERNELS, SELFTEST), default=KERNELS)
     arguments = parser.parse_args()
     if reason := unavailable_reason():

@@ -50,7 +50,7 @@ constexpr std::size_t kPageBytes = 4096;
 constexpr std::size_t kCacheLineBytes = 64;
 // What a kernel may declare statically; more has to be requested at the launch.
 constexpr std::size_t kMaxSharedBytes = 48 << 10;
-// Around every shared array. Large enough for the overrun of a wide store by one thread per lane.
+// Around every shared array: what a warp that is one element too far writes, 4 bytes per lane.
 constexpr std::size_t kRedZoneBytes = 128;
 constexpr std::size_t kArenaBytes = 2 * kMaxSharedBytes;
 constexpr unsigned char kSharedMemoryFill = 0xff;
@@ -511,7 +511,7 @@ void Machine::run_threads() {
     release(block_->succession.current());
     release(&launch_end_);
     if (!more) {
-      if (!failure_) put_back(&fiber);
+      put_back(&fiber);
       switch_fiber(fiber, host_, true);
     } else if (running_->fiber != nullptr || kThreadSanitizer) {
       put_back(&fiber);
@@ -693,8 +693,8 @@ void* Machine::shared_memory(SharedArrayTag& tag, std::size_t bytes, std::size_t
 
   // No better aligned than the type asks for (but to 8 bytes, as AddressSanitizer's shadow has it),
   // so that a wide access to an array of a narrow type shows as misaligned.
-  std::size_t begin = block.arena_used + kRedZoneBytes;
-  begin = (begin + kRedZoneBytes - 1) / kRedZoneBytes * kRedZoneBytes;
+  std::size_t begin = block.arena_used + 2 * kRedZoneBytes;  // the last array's and this one's
+  begin = (begin + kMaxSharedAlignment - 1) / kMaxSharedAlignment * kMaxSharedAlignment;
   if (alignment <= 8) begin += 8;
   if (begin + bytes + kRedZoneBytes > kArenaBytes ||
       std::accumulate(block.arrays.begin(), block.arrays.end(), bytes,
@@ -767,11 +767,12 @@ void Machine::start_block(Block& block, uint3 index) {
     }
   }
   if constexpr (kThreadSanitizer) {
+    // All that would be allocated later, while a fiber runs.
     while (block.fibers.size() < count) block.fibers.push_back(create_fiber());
+    block.arrays.reserve(kArenaBytes / (2 * kRedZoneBytes));
+    ready_.reserve(count);
   }
   ready_.clear();
-  ready_.reserve(count);
-  block.arrays.reserve(kArenaBytes / (2 * kRedZoneBytes));
   make_ready(0, count, State::ready, 0);
 }
 
@@ -788,8 +789,9 @@ void Machine::run_block(Block& block) {
 // Takes back the fibers of threads that will never continue.
 void Machine::abandon(Block& block) {
   for (Thread& thread : block.threads) {
-    if (thread.fiber == nullptr || thread.state == State::returned) continue;
-    [[maybe_unused]] Fiber& fiber = *thread.fiber;
+    const bool left_its_fiber = thread.state == State::returned || &thread == running_;
+    if (thread.fiber == nullptr || left_its_fiber) continue;
+    Fiber& fiber = *thread.fiber;
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(fiber.stack, fiber.stack_bytes);
 #endif

@@ -90,12 +90,13 @@ struct SharedArrayTag {
   void* memory = nullptr;
 };
 
+inline constexpr std::size_t kMaxSharedAlignment = 16;
 void* shared_memory(SharedArrayTag& tag, std::size_t bytes, std::size_t alignment);
 
 // An array, not a pointer: UndefinedBehaviorSanitizer then checks every index.
 template <typename T, std::size_t count>
 auto shared_array(SharedArrayTag& tag) -> T (&)[count] {
-  static_assert(std::is_trivially_destructible_v<T>);
+  static_assert(std::is_trivially_destructible_v<T> && alignof(T) <= kMaxSharedAlignment);
   return *static_cast<T(*)[count]>(shared_memory(tag, sizeof(T[count]), alignof(T)));
 }
 

@@ -23,6 +23,9 @@ from tests.emulation.build import (
     unavailable_reason,
 )
 
+# ThreadSanitizer's shadow memory leaves no room for addresses chosen at random.
+FIXED_ADDRESSES = ("setarch", "-R")
+
 OPTIONS = {
     "address": {
         # Python keeps memory for its whole life, and its own allocator would hide small objects.
@@ -37,28 +40,31 @@ OPTIONS = {
 }
 
 
-def runtime_library(sanitizer: Sanitizer) -> Path | None:
-    """The sanitizer's shared library, or None if the compiler has none."""
-    return _compiler_library("libasan.so" if sanitizer == "address" else "libtsan.so")
+def sanitizer_unavailable_reason(sanitizer: Sanitizer) -> str | None:
+    """Why Python cannot be started under a sanitizer here, or None."""
+    if sanitizer != "none" and _runtime_library(sanitizer) is None:
+        return f"{compiler()} has no shared library for -fsanitize={sanitizer}"
+    if sanitizer == "thread":
+        try:
+            subprocess.run([*FIXED_ADDRESSES, "true"], check=True, capture_output=True)
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:  # as in some containers
+            return f"addresses cannot be fixed for ThreadSanitizer: {error}"
+    return None
 
 
 def command(sanitizer: Sanitizer, python_arguments: list[str]) -> list[str]:
-    """How to start Python under a sanitizer.
-
-    Raises:
-        FileNotFoundError: the compiler has no such sanitizer.
-    """
+    """How to start Python under a sanitizer."""
     if sanitizer == "none":
         return [sys.executable, *python_arguments]
-    runtime = runtime_library(sanitizer)
-    if runtime is None:
-        raise FileNotFoundError(f"{compiler()} has no shared library for -fsanitize={sanitizer}")
     # Sanitizers look up `throw` when they start, long before Python would load the C++ library.
-    preload = ":".join(str(path) for path in (runtime, _compiler_library("libstdc++.so")) if path)
-    variables = {SANITIZER_VARIABLE: sanitizer, "LD_PRELOAD": preload} | OPTIONS[sanitizer]
+    libraries = (_runtime_library(sanitizer), _library("libstdc++.so"))
+    variables = {
+        SANITIZER_VARIABLE: sanitizer,
+        "LD_PRELOAD": ":".join(str(library) for library in libraries if library),
+        **OPTIONS[sanitizer],
+    }
     return [
-        # ThreadSanitizer's shadow memory leaves no room for randomised addresses.
-        *(("setarch", "-R") if sanitizer == "thread" else ()),
+        *(FIXED_ADDRESSES if sanitizer == "thread" else ()),
         "env",
         *(f"{name}={value}" for name, value in variables.items()),
         sys.executable,
@@ -66,26 +72,28 @@ def command(sanitizer: Sanitizer, python_arguments: list[str]) -> list[str]:
     ]
 
 
-def _compiler_library(name: str) -> Path | None:
+def _runtime_library(sanitizer: Sanitizer) -> Path | None:
+    return _library("libasan.so" if sanitizer == "address" else "libtsan.so")
+
+
+def _library(name: str) -> Path | None:
+    """Where the compiler has a library, or None."""
     printed = subprocess.run(
         [str(compiler()), f"-print-file-name={name}"], text=True, capture_output=True, check=True
     ).stdout
     path = Path(printed.strip())
-    return path.resolve() if path.is_absolute() else None  # the bare name: there is none
+    return path.resolve() if path.is_absolute() else None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sanitizer", choices=("address", "thread"), required=True)
     arguments, pytest_options = parser.parse_known_args()
-    if reason := unavailable_reason():
+    if reason := unavailable_reason() or sanitizer_unavailable_reason(arguments.sanitizer):
         sys.exit(reason)
     # Reports bypass Python's streams, and Python's own crash handler would take their place.
     pytest = ["-m", "pytest", "--capture=sys", "-p", "no:faulthandler", "-m", "emulated"]
-    try:
-        words = command(arguments.sanitizer, [*pytest, *pytest_options])
-    except FileNotFoundError as error:
-        sys.exit(str(error))
+    words = command(arguments.sanitizer, [*pytest, *pytest_options])
     os.chdir(ROOT)
     os.execvp(words[0], words)
 

@@ -1,0 +1,265 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("tqdm", reason="mlloss_cuda.xmc needs tqdm")
+
+from mlloss_cuda.xmc import DataError, GeneratorSettings, generate, write_dataset
+from mlloss_cuda.xmc.cli import main
+from mlloss_cuda.xmc.loss_timing import LossTiming, time_losses
+from mlloss_cuda.xmc.report import SCORES, format_table
+
+QUICK = ["--epochs", "2", "--hidden", "16", "--batch-size", "64"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with tiny_train.txt and tiny_test.txt."""
+    folder = tmp_path_factory.mktemp("tiny")
+    sizes = GeneratorSettings(train_rows=300, test_rows=100, num_features=200, num_labels=50)
+    for name, dataset in zip(("train", "test"), generate(sizes), strict=True):
+        write_dataset(folder / f"tiny_{name}.txt", dataset)
+    return folder
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "mlloss_cuda.xmc", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def files(folder):
+    return ["--train", str(folder / "tiny_train.txt"), "--test", str(folder / "tiny_test.txt")]
+
+
+def test_train_as_a_process(folder, tmp_path):
+    report_path = tmp_path / "deep" / "report.json"
+    done = run(
+        "train", *files(folder), *QUICK, "--loss", "sigmoid", "--seed", 5, "--report", report_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "300 rows to train on, 100 to test on, 200 features, 50 labels" in done.stdout
+    for name in (*SCORES, "train s", "rows/s"):
+        assert name in done.stdout
+    assert "sigmoid: " in done.stderr  # the progress bar
+    assert "rows/s" in done.stderr
+    assert "loss " in done.stderr
+
+    report = json.loads(report_path.read_text())
+    assert list(report_path.parent.iterdir()) == [report_path]
+    assert report["loss"] == "sigmoid"
+    assert report["seed"] == 5
+    assert all(0 <= report[name] <= 100 for name in SCORES)
+    assert report["train_seconds"] > 0
+    assert report["rows_per_second"] > 0
+    assert report["sizes"]["train_rows"] == 300
+    assert report["sizes"]["test_rows"] == 100
+    assert report["sizes"]["features"] == 200
+    assert report["sizes"]["labels"] == 50
+    assert report["settings"]["epochs"] == 2
+    assert report["settings"]["hidden"] == 16
+    assert report["settings"]["learning_rate"] > 0
+    assert [epoch["epoch"] for epoch in report["epochs"]] == [1, 2]
+    assert report["epochs"][1]["loss"] < report["epochs"][0]["loss"]
+    assert report["parameters"] == 200 * 16 + 16 + 16 * 50 + 50
+    assert {"python", "torch", "mlloss_cuda", "build"} <= set(report["versions"])
+    assert "native" in report["versions"]["build"]
+
+
+def test_same_command_same_scores(folder, tmp_path):
+    reports = []
+    for name in ("first.json", "second.json"):
+        path = tmp_path / name
+        assert main(["train", *files(folder), *QUICK, "--quiet", "--report", str(path)]) == 0
+        reports.append(json.loads(path.read_text()))
+    for report in reports:
+        for timing in ("train_seconds", "rows_per_second"):
+            del report[timing]
+        for epoch in report["epochs"]:
+            del epoch["seconds"]
+    assert reports[0] == reports[1]
+
+
+def test_headerless_files_and_validation(folder, tmp_path, capsys):
+    text = (folder / "tiny_train.txt").read_text().split("\n", 1)[1]
+    (tmp_path / "bare.txt").write_text(text)
+    report = tmp_path / "report.json"
+    arguments = ["--train", str(tmp_path / "bare.txt"), "--validation", "0.25", *QUICK, "--quiet"]
+    assert main(["train", *arguments, "--report", str(report)]) == 0
+    assert "225 rows to train on, 75 to test on" in capsys.readouterr().out
+    assert json.loads(report.read_text())["sizes"]["test_rows"] == 75
+
+
+def test_scores_that_are_not_defined_are_null(folder, tmp_path, capsys):
+    test = tmp_path / "unlabelled.txt"
+    test.write_text("2 200 50\n 1:1\n 2:1\n")
+    report = tmp_path / "report.json"
+    arguments = [*files(folder)[:2], "--test", str(test), *QUICK, "--quiet"]
+    assert main(["train", *arguments, "--report", str(report)]) == 0
+    assert json.loads(report.read_text())["P@1"] == 0
+    assert json.loads(report.read_text())["PSP@1"] is None
+    assert " - " in capsys.readouterr().out
+
+
+def test_malformed_file_as_a_process(folder, tmp_path):
+    broken = tmp_path / "broken.txt"
+    broken.write_text("2 200 50\n0 1:1\n0 1:one\n")
+    report = tmp_path / "report.json"
+    done = run("train", "--train", broken, "--test", broken, "--report", report)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"error: {broken}, line 3: expected a finite number" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not report.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--train", "missing.txt"], "missing.txt: No such file or directory"),
+        (["--train", "."], "Is a directory"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--dropout", "2"], "dropout must be in [0, 1)"),
+        (["--lr", "-1"], "learning_rate must be above 0"),
+        (["--device", "abacus"], "--device"),
+        (["--threads", "0"], "--threads must be at least 1"),
+    ],
+)
+def test_wrong_arguments(folder, capsys, changes, message):
+    assert main(["train", *files(folder), *QUICK, "--quiet", *changes]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["train"],
+        ["train", "--train", "x"],
+        ["train", "--train", "x", "--test", "y", "--validation", "0.1"],
+        ["train", "--train", "x", "--test", "y", "--loss", "hinge"],
+    ],
+)
+def test_arguments_that_do_not_parse(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["0", "1", "nan"])
+def test_validation_share_is_checked(folder, capsys, share):
+    assert main(["train", *files(folder)[:2], "--validation", share]) == 2
+    assert "--validation must be between 0 and 1" in capsys.readouterr().err
+
+
+def test_generate(tmp_path, capsys):
+    arguments = ["--train-rows", "20", "--test-rows", "5", "--num-labels", "30"]
+    assert main(["generate", "--output", str(tmp_path), *arguments]) == 0
+    train, test = capsys.readouterr().out.split()
+    assert train == str(tmp_path / "generated_train.txt")
+    with open(train) as file:
+        assert file.readline() == "20 10000 30\n"
+    with open(test) as file:
+        assert file.readline() == "5 10000 30\n"
+
+
+def test_demo_on_given_data(folder, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
+    from mlloss_cuda.xmc import demo
+
+    # Compilation takes long and is tried below.
+    timing = LossTiming(
+        64, 50, 2, {"sigmoid": {"torch eager": 2.0, "mlloss_cuda": 0.5}}, "no compiler here"
+    )
+    monkeypatch.setattr(demo, "time_losses", lambda *_, **__: timing)
+    arguments = ["--data", str(folder), "--output", str(tmp_path), *QUICK, "--quiet"]
+    assert main(["demo", *arguments]) == 0
+    output = capsys.readouterr().out
+    assert "zlpr" in output
+    assert "sigmoid" in output
+    assert "no compiler here" in output
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [entry["loss"] for entry in report["runs"]] == ["zlpr", "sigmoid"]
+    assert all(len(entry["epochs"]) == 2 for entry in report["runs"])
+    assert all("P@1" in epoch for entry in report["runs"] for epoch in entry["epochs"])
+    assert report["loss_milliseconds"]["milliseconds"]["sigmoid"]["mlloss_cuda"] == 0.5
+
+
+def test_demo_needs_one_file_of_each_kind(folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
+    assert main(["demo", "--data", str(tmp_path)]) == 2
+    assert "expected one file *_train.txt, found none" in capsys.readouterr().err
+    assert main(["demo", "--data", str(tmp_path / "missing")]) == 2
+    assert "is not a directory" in capsys.readouterr().err
+
+
+def test_timing_without_a_compiler(monkeypatch):
+    def failing(_):
+        def call(*_):
+            raise RuntimeError("no C++ compiler\nand a long story")
+
+        return call
+
+    monkeypatch.setattr("torch.compile", failing)
+    timing = time_losses(8, 20, 2, rounds=2)
+    assert timing.note == "torch.compile cannot run here and is left out: no C++ compiler"
+    for times in timing.milliseconds.values():
+        assert set(times) == {"torch eager", "mlloss_cuda"}
+        assert all(time > 0 for time in times.values())
+
+
+def test_timing_with_a_compiler(monkeypatch):
+    monkeypatch.setattr("torch.compile", lambda function: function)
+    timing = time_losses(8, 20, 2, rounds=2)
+    assert timing.note is None
+    assert set(timing.milliseconds["zlpr"]) == {"torch eager", "torch.compile", "mlloss_cuda"}
+
+
+def test_the_losses_do_not_import_what_only_training_needs():
+    code = (
+        "import sys, mlloss_cuda, mlloss_cuda.metrics;"
+        "print(sorted({'tqdm', 'scipy', 'matplotlib', 'mlloss_cuda.xmc'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("missing", ["tqdm", "matplotlib"])
+def test_missing_packages_are_named(folder, tmp_path, missing):
+    (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('gone', name='{missing}')")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[0] = 'xmc';"
+        "import runpy; runpy.run_module('mlloss_cuda.xmc', run_name='__main__')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "demo", "--data", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode != 0
+    assert "pip install 'mlloss_cuda[xmc]'" in done.stderr
+
+
+def test_table():
+    table = format_table(["name", "n"], [["a", "100"], ["long name", "2"]])
+    assert table == "name         n\n---------  ---\na          100\nlong name    2"
+
+
+def test_data_error_is_a_value_error():
+    assert issubclass(DataError, ValueError)

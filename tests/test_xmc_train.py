@@ -1,0 +1,267 @@
+"""Features, model, training and the generated data."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="mlloss_cuda.xmc needs tqdm")
+
+from mlloss_cuda.xmc import (
+    Dataset,
+    FeatureTransform,
+    GeneratorSettings,
+    Settings,
+    SparseMLP,
+    fit,
+    generate,
+    read_pair,
+)
+from mlloss_cuda.xmc import trainer as trainer_module
+from mlloss_cuda.xmc.trainer import LOSSES
+
+TINY = GeneratorSettings(
+    train_rows=600, test_rows=200, num_features=300, num_labels=80, labels_per_row=2.0
+)
+QUICK = Settings(epochs=4, hidden=32, batch_size=64)
+
+
+def dataset(dense, labels, num_labels=4):
+    """A data set from a dense feature matrix, whose zeros are not stored, and lists of labels."""
+    dense = np.asarray(dense, np.float32)
+    rows, columns = dense.nonzero()
+    return Dataset(
+        feature_ids=columns,
+        feature_values=dense[rows, columns],
+        feature_offsets=np.searchsorted(rows, np.arange(len(dense) + 1)),
+        label_ids=np.array([label for row in labels for label in row], np.int64),
+        label_offsets=np.cumsum([0, *map(len, labels)]),
+        num_features=dense.shape[1],
+        num_labels=num_labels,
+    )
+
+
+def dense_features(data):
+    dense = np.zeros((data.num_rows, data.num_features), np.float32)
+    rows = np.repeat(np.arange(data.num_rows), np.diff(data.feature_offsets))
+    dense[rows, data.feature_ids] = data.feature_values
+    return dense
+
+
+class TestFeatures:
+    def test_tfidf_by_hand(self):
+        train = dataset([[3, 0, 0], [1, 2, 0], [0, 0, 0]], [[]] * 3)
+        result = dense_features(FeatureTransform.fit(train, "tfidf").apply(train))
+        weights = np.log(4 / np.array([3, 2, 1])) + 1
+        second = np.log1p([1, 2, 0]) * weights
+        np.testing.assert_allclose(result[0], [1, 0, 0], rtol=1e-6)
+        np.testing.assert_allclose(result[1], second / np.linalg.norm(second), rtol=1e-6)
+        np.testing.assert_array_equal(result[2], 0)
+
+    def test_standardize_by_hand(self):
+        values = np.array([[1.0, 0, 5, -2], [3, 2, 5, 0], [5, 4, 5, 1]])
+        train = dataset(values, [[]] * 3)
+        result = dense_features(FeatureTransform.fit(train, "standardize").apply(train))
+        deviation = values.std(0)
+        expected = (values - values.mean(0)) / np.where(deviation == 0, np.inf, deviation)
+        expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+    def test_raw_only_scales_rows(self):
+        train = dataset([[3, -4], [0, 2]], [[]] * 2)
+        result = dense_features(FeatureTransform.fit(train, "raw").apply(train))
+        np.testing.assert_allclose(result, [[0.6, -0.8], [0, 1]], rtol=1e-6)
+
+    def test_statistics_come_from_the_training_rows(self):
+        train, test = dataset([[1, 0], [1, 1]], [[]] * 2), dataset([[0, 1]], [[]])
+        transform = FeatureTransform.fit(train, "tfidf")
+        np.testing.assert_allclose(transform.scale, [1, np.log(3 / 2) + 1], rtol=1e-6)
+        np.testing.assert_allclose(dense_features(transform.apply(test)), [[0, 1]])
+
+    @pytest.mark.parametrize(
+        ("features", "expected"),
+        [
+            ([[1, 2], [3, 4]], "standardize"),
+            ([[1] + [0] * 9, [0] * 9 + [1]], "tfidf"),
+            ([[1] + [0] * 9, [0] * 9 + [-1]], "raw"),
+        ],
+    )
+    def test_automatic_choice(self, features, expected):
+        assert FeatureTransform.fit(dataset(features, [[]] * 2)).treatment == expected
+
+    def test_tfidf_refuses_negative_values(self):
+        with pytest.raises(ValueError, match="not negative"):
+            FeatureTransform.fit(dataset([[-1.0]], [[]]), "tfidf")
+
+    def test_unknown_treatment(self):
+        with pytest.raises(ValueError, match="treatment must be one of"):
+            FeatureTransform.fit(dataset([[1.0]], [[]]), "magic")
+
+
+def test_model_is_a_two_layer_network():
+    torch.manual_seed(0)
+    model = SparseMLP(5, 3, hidden=4, label_bias=torch.tensor([1.0, 2.0, 3.0]))
+    assert model.head.bias.tolist() == [1, 2, 3]
+    ids, values = torch.tensor([0, 3, 4]), torch.tensor([0.5, -1.0, 2.0])
+    logits = model(ids, values, torch.tensor([0, 2, 2, 3]))
+    dense = torch.tensor([[0.5, 0, 0, -1, 0], [0] * 5, [0, 0, 0, 0, 2]])
+    hidden = torch.relu(dense @ model.embedding.weight + model.hidden_bias)
+    torch.testing.assert_close(logits, model.head(hidden))
+
+
+class TestTraining:
+    @pytest.fixture(scope="class")
+    def tiny(self):
+        return generate(TINY)
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_same_seed_same_bits(self, tiny, loss):
+        settings = Settings(loss=loss, epochs=2, hidden=32, batch_size=64, seed=3)
+        first = fit(tiny[0], settings, progress=False)
+        second = fit(tiny[0], settings, progress=False)
+        assert [epoch.loss for epoch in first.history] == [epoch.loss for epoch in second.history]
+        for one, two in zip(first.model.parameters(), second.model.parameters(), strict=True):
+            assert torch.equal(one, two)
+        assert first.evaluate(tiny[1]) == second.evaluate(tiny[1])
+
+    def test_seeds_differ(self, tiny):
+        losses = {
+            fit(tiny[0], Settings(epochs=1, hidden=8, batch_size=64, seed=seed), progress=False)
+            .history[0]
+            .loss
+            for seed in range(3)
+        }
+        assert len(losses) == 3
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_learns_the_planted_structure(self, tiny, loss):
+        train, test = tiny
+        settings = Settings(loss=loss, hidden=64, batch_size=32)
+        classifier = fit(train, settings, evaluate_on=test, progress=False)
+        losses = [epoch.loss for epoch in classifier.history]
+        assert losses[-1] < 0.5 * losses[0]
+        most_frequent = int(train.label_counts().argmax())
+        guess = 100 * test.label_counts()[most_frequent] / test.num_rows
+        scores = classifier.evaluate(test)
+        assert scores["P@1"] > guess + 20
+        assert classifier.history[-1].scores == scores
+        assert len(classifier.history) == settings.epochs
+        assert classifier.train_seconds > 0
+
+    def test_evaluation_does_not_change_training(self, tiny):
+        train, test = tiny
+        plain = fit(train, QUICK, progress=False)
+        watched = fit(train, QUICK, evaluate_on=test, progress=False)
+        assert [e.loss for e in plain.history] == [e.loss for e in watched.history]
+
+    def test_evaluation_does_not_depend_on_the_batches(self, tiny, monkeypatch):
+        classifier = fit(tiny[0], QUICK, progress=False)
+        scores, ranked = classifier.evaluate(tiny[1]), classifier.top_k(tiny[1], 7)
+        assert ranked.shape == (TINY.test_rows, 7)
+        monkeypatch.setattr(trainer_module, "EVALUATION_ROWS", 37)
+        assert classifier.evaluate(tiny[1]) == pytest.approx(scores)
+        assert torch.equal(classifier.top_k(tiny[1], 7), ranked)
+
+    def test_the_loss_gets_sparse_labels_only(self, tiny, monkeypatch):
+        seen = []
+        original = trainer_module.multilabel_categorical_crossentropy
+
+        def watched(logits, target, **options):
+            seen.append(type(target))
+            return original(logits, target, **options)
+
+        monkeypatch.setattr(trainer_module, "multilabel_categorical_crossentropy", watched)
+        fit(tiny[0], Settings(epochs=1, hidden=8), progress=False)
+        assert set(seen) == {trainer_module.SparseLabels}
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_odd_rows(self, loss):
+        """Rows without labels, without features, and fewer labels than ranks are no problem."""
+        data = dataset(
+            [[1, 0, 2], [0, 0, 0], [0, 1, 0], [3, 0, 0], [0, 0, 0]],
+            [[0], [1], [], [0, 1, 2], []],
+            num_labels=3,
+        )
+        for num_features in (3, 0):
+            if num_features == 0:
+                data = dataset(np.zeros((5, 0)), [[0], [1], [], [0, 1, 2], []], num_labels=3)
+            classifier = fit(data, Settings(loss=loss, epochs=2, hidden=4), progress=False)
+            scores = classifier.evaluate(data)
+            assert all(0 <= score <= 100 for score in scores.values())
+            assert classifier.top_k(data, 5).shape == (5, 3)
+            assert classifier.top_k(data.take(np.zeros(0, np.int64)), 2).shape == (0, 2)
+
+    def test_too_little_data(self):
+        with pytest.raises(ValueError, match="at least 3 rows, got 2"):
+            fit(dataset([[1], [2]], [[0], [1]]), QUICK, progress=False)
+        with pytest.raises(ValueError, match="at least one row with a label"):
+            fit(dataset([[1], [2], [3]], [[], [], []]), QUICK, progress=False)
+
+    def test_divergence_is_reported(self, tiny):
+        settings = Settings(epochs=3, hidden=8, learning_rate=1e30)
+        with pytest.raises(FloatingPointError, match="lower learning rate"):
+            fit(tiny[0], settings, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss", "hinge"),
+        ("features", "magic"),
+        ("epochs", 0),
+        ("hidden", 0),
+        ("batch_size", -1),
+        ("dropout", 1.0),
+        ("feature_dropout", -0.1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("seed", -1),
+    ],
+)
+def test_settings_are_checked(name, value):
+    with pytest.raises(ValueError, match=name):
+        Settings(**{name: value})
+
+
+class TestGenerated:
+    def test_sizes_and_power_law(self):
+        settings = GeneratorSettings()
+        train, test = generate(settings)
+        assert (train.num_rows, test.num_rows) == (settings.train_rows, settings.test_rows)
+        assert (train.num_features, train.num_labels) == (10_000, 5_000)
+        counts = np.sort(train.label_counts())[::-1]
+        assert counts[0] > 50 * counts[500] > 0
+        assert np.diff(train.label_offsets).min() >= 1
+        assert train.feature_values.min() >= 1
+
+    def test_same_seed_same_data(self):
+        first, second = generate(TINY)[0], generate(TINY)[0]
+        np.testing.assert_array_equal(first.feature_ids, second.feature_ids)
+        np.testing.assert_array_equal(first.label_ids, second.label_ids)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("train_rows", 0), ("labels_per_row", 0.5), ("background_words", -1), ("num_labels", 0)],
+    )
+    def test_settings_are_checked(self, name, value):
+        with pytest.raises(ValueError, match=name):
+            GeneratorSettings(**{name: value})
+
+
+@pytest.mark.slow
+def test_real_data_reaches_its_accuracy():
+    """Defaults and seed 0 on bibtex: P@1 of the better loss is at least 62.5."""
+    folder = os.environ.get("MLLOSS_DATA")
+    if not folder:
+        pytest.skip("MLLOSS_DATA is not set; it names a folder with bibtex/bibtex_train.txt")
+    bibtex = Path(folder) / "bibtex"
+    train, test = read_pair(bibtex / "bibtex_train.txt", bibtex / "bibtex_test.txt")
+    assert (train.num_rows, test.num_rows) == (4_880, 2_515)
+    precision = {
+        loss: fit(train, Settings(loss=loss), progress=False).evaluate(test)["P@1"]
+        for loss in LOSSES
+    }
+    assert max(precision.values()) >= 62.5, precision
+    assert min(precision.values()) >= 60.0, precision
