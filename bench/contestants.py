@@ -30,8 +30,8 @@ MASKS = ("none", "bool", "sparse")
 LIBRARY, EAGER, COMPILED, COMPILED_BEST = "library", "eager", "compiled", "compiled best"
 LIMIT = "limit"
 
-# A sparse mask lists the positives and this many times as many observed negatives, as in sampled
-# softmax-like training.
+# A sparse mask lists the positives and this many times as many observed negatives, as in training
+# on sampled negatives; a bool mask leaves this share of the elements in.
 OBSERVED_NEGATIVES_PER_POSITIVE = 3
 OBSERVED_FRACTION = 0.9
 
@@ -141,8 +141,6 @@ class Contestant:
     role: str
     forward: Callable[[Inputs], Any]
     backward: Callable[[Any], Any] | None
-    # Why it is not, or no longer, measured.
-    note: str | None = None
 
 
 # --- the formulas in torch ------------------------------------------------------------------------
@@ -214,12 +212,18 @@ def contestants_for(case: Case, inputs: Inputs) -> list[Contestant]:
         return lambda given: function(given.logits, given.dense_target, given.dense_mask)
 
     losses = [
-        ("mlloss_cuda", LIBRARY, lambda given: library(given.logits, given.target, mask=given.mask)),
+        (
+            "mlloss_cuda",
+            LIBRARY,
+            lambda given: library(given.logits, given.target, mask=given.mask),
+        ),
         (names[0], EAGER, on_numbers(formula)),
         (names[1], COMPILED, on_numbers(compiled)),
         (names[2], COMPILED_BEST, on_bools(compiled_best)),
     ]
-    field = [Contestant(name, role, forward, torch.Tensor.backward) for name, role, forward in losses]
+    field = [
+        Contestant(name, role, forward, torch.Tensor.backward) for name, role, forward in losses
+    ]
     return field + _limits(inputs)
 
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
-
 from contestants import LIBRARY, LIMIT, Case, Contestant, Inputs
+from torch.profiler import ProfilerActivity, profile
 
 WARM_UP_CALLS = 2
 
@@ -141,6 +140,7 @@ def measure_case(
             result.loss = _warm_up(contestant, sets)
     with _without_garbage_collection():
         for number in range(rounds):
+            gc.collect()
             inputs = sets[number % len(sets)]
             for contestant, result in pairs:
                 if result.note is None:
@@ -203,7 +203,6 @@ def _failure_noted(result: Result) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_garbage_collection() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -77,6 +77,14 @@ def softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
+def log_sum_exp(terms: Tensor) -> Tensor:
+    """Return the log-sum-exp of each row ``[N, C]``; rows of -inf give -inf, with gradient 0."""
+    # Rows of -inf are replaced before the function whose gradient would be NaN there.
+    empty = (terms == -math.inf).all(dim=1)
+    sums = torch.where(empty[:, None], 0.0, terms).logsumexp(1)
+    return torch.where(empty, -math.inf, sums)
+
+
 def reduce_loss(
     loss: Tensor,
     observed: Tensor | None,
@@ -169,7 +177,11 @@ def multilabel_categorical_crossentropy(
     reduction: str,
     normalizer: Tensor | None,
 ) -> Tensor:
-    """L = log(e^-s0 + sum y e^-x) + log(e^s0 + sum (1 - y) e^x), both sums over unmasked labels."""
+    """L = log(e^-s0 + sum y e^-x) + log(e^s0 + sum (1 - y) e^x), both sums over unmasked labels.
+
+    Computed as softplus(A + s0) + softplus(B - s0) with A and B the logarithms of the sums: written
+    as above, the digits of small losses would cancel.
+    """
     dtype, num_labels = compute_dtype(input), input.shape[1]
     y, observed = dense_target(target, num_labels, dtype, ignore_index)
     selected, bad_rows = dense_mask(mask, num_labels)
@@ -183,10 +195,9 @@ def multilabel_categorical_crossentropy(
     if observed is not None:
         x = torch.where(observed, x, 0.0)
         is_positive, is_negative = is_positive & observed, is_negative & observed
-    s0 = threshold.to(dtype)[:, None]
+    s0 = threshold.to(dtype)
     never = torch.full_like(x, -math.inf)
     positive = torch.where(is_positive, -x + torch.where(is_positive, y, 1.0).log(), never)
     negative = torch.where(is_negative, x + torch.where(is_negative, 1 - y, 1.0).log(), never)
-    loss = torch.cat([-s0, positive], dim=1).logsumexp(1)
-    loss = loss + torch.cat([s0, negative], dim=1).logsumexp(1)
+    loss = softplus(log_sum_exp(positive) + s0) + softplus(log_sum_exp(negative) - s0)
     return reduce_loss(loss, None, weight, reduction, normalizer)

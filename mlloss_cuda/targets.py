@@ -68,7 +68,9 @@ class SparseLabels(NamedTuple):
             device: where the tensors shall live; the CPU by default.
 
         Raises:
-            TypeError: ``dtype`` is not int32 or int64, or ``lists`` is not a sequence of sequences.
+            TypeError: ``dtype`` is not int32 or int64, or ``lists`` does not hold sequences of
+                integers.
+            ValueError: an id does not fit ``dtype``.
         """
         if dtype not in INDEX_DTYPES:
             raise TypeError(f"dtype must be torch.int32 or torch.int64, got {dtype}")
@@ -82,7 +84,9 @@ class SparseLabels(NamedTuple):
                 )
             flat.extend(row)
             boundaries.append(len(flat))
-        indices = torch.tensor(flat, dtype=torch.int64)
+        indices = torch.tensor(flat) if flat else torch.zeros(0, dtype=torch.int64)
+        if indices.dtype not in INDEX_DTYPES:
+            raise TypeError(f"lists must hold integer label ids, got numbers of {indices.dtype}")
         if dtype == torch.int32 and flat and max(flat) > torch.iinfo(torch.int32).max:
             raise ValueError(f"lists holds the id {max(flat)}, which does not fit torch.int32")
         offsets = torch.tensor(boundaries, dtype=torch.int64)
@@ -114,7 +118,9 @@ class SparseLabels(NamedTuple):
             rows *= size
         if padding_index >= 0:
             index = torch.where(index == padding_index, -1, index)
-        offsets = torch.arange(rows + 1, dtype=index.dtype, device=index.device) * width
+        fits = rows * width <= torch.iinfo(index.dtype).max
+        dtype = index.dtype if fits else torch.int64
+        offsets = torch.arange(rows + 1, dtype=dtype, device=index.device) * width
         return cls(index.reshape(-1), offsets)
 
     @classmethod

@@ -1,12 +1,13 @@
 """The case table: both losses, every dtype of logits, format of target and mask, and option.
 
-All combinations would be millions. Instead, `covering` chooses rows such that *every pair* of levels
-of two columns occurs (every target format with every mask format, every dtype with every reduction,
-every number of labels with every layout, ...): what goes wrong in kernels goes wrong in one level or
-where two meet. The choice is deterministic, and so are the data, which depend on the row's name.
+All combinations would be millions. Instead, `covering` chooses rows such that *every pair* of
+levels of two columns occurs (every target format with every mask format, every dtype with every
+reduction, every number of labels with every layout, ...): what goes wrong in kernels goes wrong in
+one level or where two meet. The choice is deterministic, and so are the data, which depend on the
+row's name.
 
-Data are drawn as a dense fp64 truth (logits, targets, what is observed) and then given to the library
-in the format under test; the oracle sees the truth alone.
+Data are drawn as a dense fp64 truth (logits, targets, what is observed) and then given to the
+library in the format under test; the oracle sees the truth alone.
 """
 
 from __future__ import annotations
@@ -117,7 +118,9 @@ def _csr(rows: list[list[int]], num_labels: int, *, values: Tensor | None = None
     indices = torch.tensor([i for ids in rows for i in ids], dtype=torch.int64)
     offsets = torch.tensor([0, *itertools.accumulate(map(len, rows))])
     values = torch.ones(len(indices)) if values is None else values
-    return torch.sparse_csr_tensor(offsets, indices, values, (len(rows), num_labels))
+    return torch.sparse_csr_tensor(
+        offsets, indices, values, (len(rows), num_labels), check_invariants=True
+    )
 
 
 TARGETS: dict[str, DenseTarget | SparseTarget] = {
@@ -344,8 +347,8 @@ def build(case: Case) -> Problem:
         if mask == "bool":
             options["mask"] = dense(observed)
         elif mask == "uint8":
-            options["mask"] = dense(observed * draw.python.choice([1, 2, 255])).to(torch.uint8)
-            options["mask"] = dense((observed * 255).to(torch.uint8))
+            use = torch.tensor(draw.python.choices([1, 2, 255], k=observed.numel()))
+            options["mask"] = dense((observed * use.view(observed.shape)).to(torch.uint8))
         elif mask == "sparse_int64":
             options["mask"] = _lists(torch.int64)(_untidy(ids, draw), columns)
         else:
@@ -359,7 +362,11 @@ def build(case: Case) -> Problem:
     if isinstance(target_format, DenseTarget):
         if target_format.soft:
             y = torch.where(draw.chance(0.5, rows, columns), draw.uniform(rows, columns), y)
-            y = torch.where(draw.chance(0.2, rows, columns), 0.5, y).to(target_format.dtype).double()
+            y = (
+                torch.where(draw.chance(0.2, rows, columns), 0.5, y)
+                .to(target_format.dtype)
+                .double()
+            )
         target = y.to(target_format.dtype)
         if target.dtype.is_floating_point:
             target = torch.where(observed, target, math.nan)
@@ -389,11 +396,11 @@ def build(case: Case) -> Problem:
 
     if case.loss == POINTWISE:
         _pointwise_options(levels, draw, rows, columns, lead, options, truth)
-        loss_shape = (*lead, columns)
+        width: tuple[int, ...] = (columns,)
     else:
         _rowwise_options(levels, draw, rows, lead, options, truth)
-        loss_shape = lead
-    grad_output = _reduction_options(levels["reduction"], draw, loss_shape, options, truth)
+        width = ()
+    grad_output = _reduction_options(levels["reduction"], draw, lead, width, options, truth)
     if dtype != torch.float64:
         grad_output = grad_output.float()
     threshold = options.get("threshold")
@@ -505,29 +512,28 @@ def _rowwise_options(
 def _reduction_options(
     reduction: str,
     draw: _Draw,
-    loss_shape: tuple[int, ...],
+    lead: tuple[int, ...],
+    columns: tuple[int, ...],
     options: dict[str, Any],
     truth: dict[str, Any],
 ) -> Tensor:
-    """Set the reduction; return grad_output."""
-    name = {"normalizer": "mean", "normalizer_tensor": "mean"}.get(reduction)
-    options["reduction"] = truth["reduction"] = name or reduction.split("_expanded")[0].split(
-        "_transposed"
-    )[0]
-    if reduction == "normalizer":
-        options["normalizer"] = truth["normalizer"] = 37.5
-    elif reduction == "normalizer_tensor":
-        options["normalizer"], truth["normalizer"] = torch.tensor(12.0), 12.0
-    if truth["reduction"] != "none":
+    """Set the reduction; return grad_output, of shape (*lead, *columns) if nothing is reduced."""
+    kind, _, variant = (
+        reduction.partition("_") if reduction.startswith("no") else (reduction, "", "")
+    )
+    options["reduction"] = truth["reduction"] = "mean" if kind == "normalizer" else kind
+    if kind == "normalizer":
+        options["normalizer"], truth["normalizer"] = 37.5, 37.5
+        if variant == "tensor":
+            options["normalizer"] = torch.tensor(37.5)
+    if kind != "none":
         truth["upstream"] = -1.75
         return torch.tensor(-1.75, dtype=torch.float64)
-    if reduction == "none_expanded":
+    if variant == "expanded":
         truth["upstream"] = 2.5
-        return torch.tensor(2.5, dtype=torch.float64).expand(loss_shape)
-    grad_output = draw.normal(*loss_shape).float().double()
-    rows = loss_shape[:-1] if len(loss_shape) == 1 else loss_shape
-    truth["upstream"] = grad_output.numpy().reshape(-1) if len(loss_shape) <= 1 else None
-    if reduction == "none_transposed":
+        return torch.tensor(2.5, dtype=torch.float64).expand(*lead, *columns)
+    grad_output = draw.normal(*lead, *columns).float().double()
+    truth["upstream"] = grad_output.reshape(-1, *columns).numpy()
+    if variant == "transposed":
         grad_output = grad_output.transpose(0, -1).contiguous().transpose(0, -1)
-    del rows
     return grad_output

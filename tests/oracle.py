@@ -1,7 +1,7 @@
 """The losses written down once more, in NumPy and fp64, straight from their definitions.
 
-Nothing here comes from the package: dense arrays, one formula per line, no attention to speed. Terms
-are returned with the magnitude that rounding errors are to be judged by: of a gradient that is the
+Nothing here comes from the package: dense arrays, one formula per line, no attention to speed.
+Gradients come with the magnitude that rounding errors are to be judged by: where a gradient is the
 difference of two terms, the sum of their magnitudes.
 """
 
@@ -32,8 +32,17 @@ def sigmoid(z: Array) -> Array:
         return 1.0 / (1.0 + np.exp(-z))
 
 
+def softmax(z: Array) -> Array:
+    parts = np.exp(z - z.max())
+    return parts / parts.sum()
+
+
 def _reduce(
-    terms: Array, observed: NDArray[np.bool_], factor: Array, reduction: str, normalizer: float | None
+    terms: Array,
+    observed: NDArray[np.bool_],
+    factor: Array,
+    reduction: str,
+    normalizer: float | None,
 ) -> tuple[Array, float]:
     """Reduce m w L; return the loss and what the gradient of the sum is multiplied by."""
     if reduction == "none":
@@ -106,20 +115,20 @@ def multilabel_categorical_crossentropy(
         negatives = observed[row] & (y[row] < 1)
         log_y = np.log(y[row][positives])
         log_not_y = np.log1p(-y[row][negatives])
+        falling = np.append(log_y - x[row][positives], -s0[row])
+        rising = np.append(log_not_y + x[row][negatives], s0[row])
         # LA + s0 and LB - s0: neither is smaller than 0, so their sum loses no digits.
-        above = softplus(np.logaddexp.reduce(log_y - x[row][positives]) + s0[row])
-        below = softplus(np.logaddexp.reduce(log_not_y + x[row][negatives]) - s0[row])
-        terms[row] = factor[row] * (above + below)
-        a, b = above - s0[row], below + s0[row]
-        falling = np.exp(log_y - x[row][positives] - a)
-        rising = np.exp(log_not_y + x[row][negatives] - b)
-        gradient[row][positives] -= factor[row] * falling
-        gradient[row][negatives] += factor[row] * rising
-        magnitude[row][positives] += factor[row] * falling
-        magnitude[row][negatives] += factor[row] * rising
-        own = np.exp(-s0[row] - a), np.exp(s0[row] - b)
-        threshold_gradient[row] = factor[row] * (own[1] - own[0])
-        threshold_magnitude[row] = factor[row] * (own[1] + own[0])
+        terms[row] = factor[row] * (
+            softplus(np.logaddexp.reduce(falling[:-1]) + s0[row])
+            + softplus(np.logaddexp.reduce(rising[:-1]) - s0[row])
+        )
+        falling, rising = factor[row] * softmax(falling), factor[row] * softmax(rising)
+        gradient[row][positives] -= falling[:-1]
+        gradient[row][negatives] += rising[:-1]
+        magnitude[row][positives] += falling[:-1]
+        magnitude[row][negatives] += rising[:-1]
+        threshold_gradient[row] = rising[-1] - falling[-1]
+        threshold_magnitude[row] = rising[-1] + falling[-1]
     loss, scale = _reduce(terms, np.ones(rows, bool), factor, reduction, normalizer)
     outer = np.broadcast_to(scale * np.asarray(upstream), rows)
     return Expected(

@@ -1,6 +1,8 @@
 """Reading data files: what is accepted, and what every kind of malformed file is told."""
 
+import contextlib
 import gzip
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -197,7 +199,7 @@ MALFORMED = {
     "empty line between rows": ("2 5 3\n0 0:1\n\n1 0:1\n", 3, "found an empty line"),
     "carriage return inside": ("1 5 3\n0 0:1\r1 0:1\n", 2, "expected a finite number"),
     "zero byte": (b"1 5 3\n0 0:1 \x001:1\n", 2, "expected a feature id"),
-    "letters beyond ASCII": ("1 5 3\n0 0:1 １:1\n", 2, "expected a feature id"),
+    "letters beyond ASCII": ("1 5 3\n0 0:1 \uff11:1\n", 2, "expected a feature id"),
     "compressed file": (gzip.compress(b"1 5 3\n0 0:1\n", mtime=0), 1, "expected a header"),
     "binary file": (bytes(range(255, 0, -1)), 1, "expected"),
     "headerless label that is a word": ("0 1:1\nx 1:1\n", 2, "expected a label id"),
@@ -310,10 +312,10 @@ def test_the_two_parsers_agree(lines):
         return
     assert block is not None
     labels, features, values = zip(*explained, strict=True)
-    assert block.label_ids.tolist() == sum(labels, [])
+    assert block.label_ids.tolist() == list(chain(*labels))
     assert block.label_counts.tolist() == [len(row) for row in labels]
-    assert block.feature_ids.tolist() == sum(features, [])
-    assert block.feature_values.tolist() == sum(values, [])
+    assert block.feature_ids.tolist() == list(chain(*features))
+    assert block.feature_values.tolist() == list(chain(*values))
     assert block.feature_counts.tolist() == [len(row) for row in features]
 
 
@@ -322,10 +324,8 @@ def test_the_two_parsers_agree(lines):
 def test_any_bytes_are_read_or_refused(tmp_path_factory, content, start):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(start + content)
-    try:
-        read_dataset(path)
-    except DataError as error:
-        assert 1 <= error.line <= (start + content).count(b"\n") + 2
+    with contextlib.suppress(DataError):
+        assert read_dataset(path).num_rows <= (start + content).count(b"\n") + 1
 
 
 def test_take(write):
@@ -340,8 +340,13 @@ def test_atomic_file_keeps_the_old_one_after_a_failure(tmp_path):
         temporary.write_text("old")
         assert temporary.suffix == ".json"
         assert not path.exists()
-    with pytest.raises(RuntimeError), atomic_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+
+    def fail():
+        with atomic_file(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]

@@ -26,8 +26,7 @@ struct PointwiseTile {
   const Real* pos_weight = nullptr;
 };
 
-// ---- Loops over a tile
-// ---------------------------------------------------------------------------
+// ---- Loops over a tile ----
 
 // Adds kLanes elements to the lanes of a grouped sum: q <- q + e + q e collects the logarithms'
 // argument. A tile gives each lane at most 32 elements, so q < 2^32.
@@ -92,8 +91,8 @@ MLLOSS_INLINE double grouped_sum(const Loss& loss, const PointwiseTile<Real>& ti
 // on.
 template <class Real>
 struct Operands {
-  alignas(
-      64) Real factor[kTile];  // mask * weight: 0 where masked, NaN where the weight is negative
+  // mask * weight: 0 where masked, NaN where the weight is negative.
+  alignas(64) Real factor[kTile];
   alignas(64) Real target[kTile];
   alignas(64) Real pos_weight[kTile];
 
@@ -182,8 +181,7 @@ MLLOSS_INLINE void hard_gradients(const PointwiseTile<Real>& tile, Real scale, R
   }
 }
 
-// ---- A tile, dispatched to a loop
-// ----------------------------------------------------------------
+// ---- A tile, dispatched to a loop ----
 
 // These two are wrapped in functions marked MLLOSS_CLONES by each loss.
 
@@ -233,8 +231,7 @@ MLLOSS_INLINE void backward_tile(const Loss& loss, const PointwiseTile<Real>& ti
   weighted_gradients(loss, tile, scale, gradients);
 }
 
-// ---- The whole matrix
-// ----------------------------------------------------------------------------
+// ---- The whole matrix ----
 
 // One thread's buffers for decoding tiles.
 template <class Real>

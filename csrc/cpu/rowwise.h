@@ -22,8 +22,7 @@ struct RowTile {
   LabelTile<Real> labels;
 };
 
-// ---- Loops over a tile
-// ---------------------------------------------------------------------------
+// ---- Loops over a tile ----
 
 // Where a maximum is infinite, the difference to it would be NaN, and the fast exponential does not
 // take positive arguments: element by element, with the C library.
@@ -186,8 +185,7 @@ MLLOSS_INLINE void gradients_of_tile(const RowTile<Real>& tile,
   }
 }
 
-// ---- The whole matrix
-// ----------------------------------------------------------------------------
+// ---- The whole matrix ----
 
 template <class Real>
 class RowReader {

@@ -248,8 +248,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// ---- Launching
-// -----------------------------------------------------------------------------------
+// ---- Launching ----
 
 inline Mode mode_of(const PointwiseProblem& problem, bool keeps_hard_targets, bool per_element) {
   if (per_element || problem.weight.data != nullptr || problem.pos_weight.data != nullptr) {

@@ -233,8 +233,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
-// ---- Launching
-// -----------------------------------------------------------------------------------
+// ---- Launching ----
 
 // Bytes of scratch memory that a forward pass needs: sums per segment, losses per row.
 inline int64_t rowwise_workspace(const RowwiseProblem& problem) {

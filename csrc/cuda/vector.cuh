@@ -163,8 +163,7 @@ __device__ __forceinline__ void store_gradients(Scalar* row, int64_t column, Ext
   }
 }
 
-// ---- Arrays of any dtype
-// -------------------------------------------------------------------------
+// ---- Arrays of any dtype ----
 
 template <class Real, class T>
 __device__ __forceinline__ Real convert(T value) {

@@ -25,8 +25,8 @@ class GeneratorSettings:
     num_features: int = 10_000
     num_labels: int = 5_000
     labels_per_row: float = 4.0
-    words_per_label: int = 5
-    background_words: int = 15
+    words_per_label: int = 3
+    background_words: int = 20
     seed: int = 0
 
     def __post_init__(self) -> None:

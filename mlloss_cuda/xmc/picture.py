@@ -76,7 +76,7 @@ def _draw_losses(axes: Axes, reports: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("Training loss by epoch")
     axes.set_ylabel("mean loss (% of the first epoch)")
     axes.set_ylim(0, 105)
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="upper right")
 
 
 def _draw_precision(axes: Axes, reports: Sequence[Mapping[str, Any]]) -> None:

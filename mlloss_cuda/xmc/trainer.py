@@ -27,6 +27,7 @@ LOSSES = ("zlpr", "sigmoid")
 REPORTED_RANKS = (1, 3, 5)
 WARMUP_SHARE = 0.1  # of the steps, in which the learning rate rises from 0
 EVALUATION_ROWS = 1024  # per batch; only memory depends on it
+EVALUATION_LOGITS = 2**25  # per batch, 128 MiB; with more than 2^15 labels, batches get smaller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +248,9 @@ def _predict(
 ) -> Iterator[tuple[Tensor, SparseLabels]]:
     """Logits and labels, batch by batch; `inputs` has transformed features."""
     model.eval()
-    for start in range(0, inputs.num_rows, EVALUATION_ROWS):
-        rows = np.arange(start, min(start + EVALUATION_ROWS, inputs.num_rows))
+    batch_rows = min(EVALUATION_ROWS, max(1, EVALUATION_LOGITS // max(inputs.num_labels, 1)))
+    for start in range(0, inputs.num_rows, batch_rows):
+        rows = np.arange(start, min(start + batch_rows, inputs.num_rows))
         features, labels = _batch(inputs, rows, device)
         yield model(*features), labels
 

@@ -1,5 +1,6 @@
 // The library's CUDA kernels with the operators' own arguments (csrc/operators.h), on CPU tensors.
-// The tests put this module in the place of torch.ops.mlloss_cuda and run everything else unchanged.
+// The tests put this module in the place of torch.ops.mlloss_cuda and run everything else
+// unchanged.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
