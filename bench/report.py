@@ -118,10 +118,10 @@ def markdown(case_results: list[CaseResult], machine: dict[str, Any], command: s
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread(s)"
     lines = [
         f"{device}, torch {machine['torch']}, {machine['date']}; `{command}`.",
-        "Medians in ms and, in brackets, GB/s of the least bytes that have to be moved. Of copy: this",
-        "bandwidth as a share of what a copy of as many bytes reaches. Faster than: torch eager /",
-        "torch.compile / torch.compile of the form that suits it best. Peak: memory of forward +",
-        "backward in gradients, of mlloss_cuda / torch eager / torch.compile.",
+        "Medians in ms and, in brackets, GB/s of the least bytes that have to be moved. Of copy:",
+        "this bandwidth as a share of what a copy of as many bytes reaches. Faster than: torch",
+        "eager / torch.compile / torch.compile of the form that suits it best. Peak: memory of",
+        "forward + backward in gradients, of mlloss_cuda / torch eager / torch.compile.",
         "",
         "| loss | logits | target | mask | shape | forward | of copy | faster than "
         "| forward + backward | of copy | faster than | peak |",

@@ -6,8 +6,10 @@
     python bench/run.py --device cuda     on a GPU (written for it, but not run on one yet)
 
 In every case (loss, dtype of the logits, form of target and mask, shape) all contestants take
-turns, A B C A B C ..., and the median of the rounds counts. Warm-up calls come before, so that
-compilation stays out; garbage collection is off in the timed parts; gradients are freed outside.
+turns, A B C A B C ..., and the median of the rounds counts. Every turn begins with calls that are
+not counted, as in training, where one step follows another; who is very slow takes fewer turns.
+Warm-up calls come before, so that compilation stays out; garbage collection is off in the timed
+parts; gradients are freed outside.
 
 - forward: without gradients, as in evaluation
 - backward: from the loss to the gradient of the logits, within a training call
@@ -69,7 +71,8 @@ def parse_arguments() -> argparse.Namespace:
         "--labels",
         type=int,
         nargs="+",
-        help=f"labels per row (default {MANY_LABELS} and {SOME_LABELS}); --elements gives the rows",
+        help=f"labels per row; rows follow from --elements (default {MANY_LABELS}, and "
+        f"{SOME_LABELS} for the first of the dtypes and masks)",
     )
     parser.add_argument("--rows", type=int, help="rows, instead of --elements")
     parser.add_argument("--positives", type=int, default=16, help="positives per row (default 16)")
@@ -77,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="default fp32 and bf16")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--masks", nargs="+", choices=MASKS, help="default none and bool")
-    parser.add_argument("--rounds", type=int, help="default 9, on a GPU 50, with --quick 5")
+    parser.add_argument("--rounds", type=int, help="default 7, on a GPU 50, with --quick 5")
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument(
         "--check",
@@ -93,14 +96,15 @@ def parse_arguments() -> argparse.Namespace:
     on_gpu = given.device == "cuda"
     if given.elements is None:
         given.elements = 4 << 20 if given.quick else 256 << 20 if on_gpu else CHECKED_ELEMENTS
+    given.second_shape = given.labels is None and not given.quick and not given.check
     if given.labels is None:
-        given.labels = [MANY_LABELS] if given.quick or given.check else [MANY_LABELS, SOME_LABELS]
+        given.labels = [MANY_LABELS]
     if given.dtypes is None:
         given.dtypes = ["fp32"] if given.check else ["fp32", "bf16"]
     if given.masks is None:
         given.masks = ["none"] if given.check else ["none", "bool"]
     if given.rounds is None:
-        given.rounds = 5 if given.quick else 50 if on_gpu else 9
+        given.rounds = 5 if given.quick else 50 if on_gpu else 7
     if min(given.threads, given.rounds, given.positives, *given.labels) < 1:
         parser.error("--threads, --rounds, --positives and --labels must be at least 1")
     if given.check and (
@@ -119,20 +123,19 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def selected_cases(given: argparse.Namespace) -> list[Case]:
-    return [
-        Case(
-            loss=loss,
-            dtype=dtype,
-            target=target,
-            mask=mask,
-            rows=given.rows or max(1, given.elements // labels),
-            labels=labels,
-            positives=given.positives,
-        )
-        for labels, loss, dtype, target, mask in itertools.product(
-            given.labels, given.losses, given.dtypes, given.targets, given.masks
-        )
-    ]
+    def cases(labels: int, dtypes: list[str], masks: list[str]) -> list[Case]:
+        rows = given.rows or max(1, given.elements // labels)
+        return [
+            Case(loss, dtype, target, mask, rows, labels, given.positives)
+            for loss, dtype, target, mask in itertools.product(
+                given.losses, dtypes, given.targets, masks
+            )
+        ]
+
+    selected = [case for each in given.labels for case in cases(each, given.dtypes, given.masks)]
+    if given.second_shape:
+        selected += cases(SOME_LABELS, given.dtypes[:1], given.masks[:1])
+    return selected
 
 
 def run_case(case: Case, given: argparse.Namespace) -> report.CaseResult:

@@ -4,6 +4,7 @@
 // Python has checked the arguments (functional.py, targets.py); the order of arguments is that of
 // the schemas in ops.cpp.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <optional>
 
@@ -71,6 +72,16 @@ struct Operators {
     return result;
   }
 
+  // `value` as the element type of a target holds it: compared with what is loaded from there.
+  static double rounded(double value, Element element) {
+    if (element == Element::kFloat) return static_cast<float>(value);
+    const int digits = element == Element::kHalf ? 11 : element == Element::kBFloat16 ? 8 : 0;
+    if (digits == 0 || !std::isfinite(value)) return value;
+    int exponent;
+    const double fraction = std::frexp(value, &exponent);
+    return std::ldexp(std::nearbyint(std::ldexp(fraction, digits)), exponent - digits);
+  }
+
   static void fill(Problem& problem, const Tensor& input, const LabelArguments& arguments,
                    const Optional& normalizer, int64_t reduction) {
     problem.rows = input.size(0);
@@ -84,7 +95,7 @@ struct Operators {
       problem.mask = labels(*arguments.mask, arguments.mask_offsets, {}, arguments.mask_format);
     }
     problem.has_ignored = arguments.ignore_index.has_value();
-    problem.ignored = arguments.ignore_index.value_or(0);
+    problem.ignored = rounded(arguments.ignore_index.value_or(0), problem.target.element);
     problem.reduction = static_cast<Reduction>(reduction);
     problem.batch = problem.rows;
     if (normalizer.has_value()) {

@@ -277,7 +277,7 @@ def _constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor 
             raise TypeError(
                 f"{name} must be a tensor, a number or None, got {type(value).__name__}"
             )
-        if not value >= 0 or math.isinf(value):
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name} must be finite and not negative, got {value}")
         return torch.full(
             (), float(value), dtype=reference.compute_dtype(input), device=input.device
@@ -328,7 +328,7 @@ def _threshold(threshold: Tensor | float, input: Tensor) -> Tensor:
             raise TypeError(
                 f"threshold must be a number or a tensor, got {type(threshold).__name__}"
             )
-        if not math.isfinite(threshold):
+        if not -math.inf < threshold < math.inf:
             raise ValueError(f"threshold must be finite, got {threshold}")
         threshold = torch.full((), float(threshold), dtype=dtype, device=input.device)
     if threshold.dtype not in FLOATING_DTYPES:
@@ -355,7 +355,7 @@ def _normalizer(normalizer: Tensor | float | None, reduction: str, input: Tensor
                 "normalizer must be a number, a 0-d tensor or None, "
                 f"got {type(normalizer).__name__}"
             )
-        if not math.isfinite(normalizer) or normalizer < 0:
+        if not 0 <= normalizer < math.inf:
             raise ValueError(f"normalizer must be finite and not negative, got {normalizer}")
         return torch.full((), float(normalizer), dtype=torch.float64, device=input.device)
     if normalizer.dtype not in TARGET_DTYPES or normalizer.dtype == torch.bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .targets import SparseLabels, row_of_entry
+from .targets import SparseLabels
 
 
 def inverse_propensity(counts: Tensor, num_samples: int, A: float = 0.55, B: float = 1.5) -> Tensor:
@@ -165,8 +165,11 @@ def _ranked(predicted: Tensor, target: SparseLabels, k: int) -> Tensor:
 
 def _unique_entries(target: SparseLabels) -> tuple[Tensor, Tensor]:
     """Row and label of each entry that is not padding, ascending and without duplicates."""
-    used = target.indices >= 0
-    rows, indices = row_of_entry(target)[used], target.indices[used].to(torch.int64)
+    indices = target.indices.to(torch.int64)
+    rows = torch.repeat_interleave(
+        torch.arange(target.num_rows, device=indices.device), target.offsets.to(torch.int64).diff()
+    )
+    rows, indices = rows[indices >= 0], indices[indices >= 0]
     stride = _stride(indices)
     keys = torch.unique(rows * stride + indices)  # sorted
     return keys // stride, keys % stride

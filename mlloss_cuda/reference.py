@@ -51,7 +51,7 @@ def dense_mask(labels: Labels | None, num_labels: int) -> tuple[Tensor | None, T
 def _dense_from_sparse(labels: Labels, num_labels: int, dtype: torch.dtype) -> Tensor:
     assert labels.offsets is not None
     indices, offsets = labels.data, labels.offsets
-    rows = row_of_entry(SparseLabels(indices, offsets))
+    rows, inside = row_of_entry(SparseLabels(indices, offsets))
     num_rows, width = offsets.shape[0] - 1, num_labels + 1
     dense = torch.zeros(max(num_rows, 1) * width, dtype=dtype, device=indices.device)
     values = torch.ones_like(indices, dtype=dtype)
@@ -59,14 +59,16 @@ def _dense_from_sparse(labels: Labels, num_labels: int, dtype: torch.dtype) -> T
         values = labels.values.to(dtype)
         # NaN wins over every other value of the same label, as in the kernels.
         values = torch.where((values >= 0) & (values <= 1), values, math.inf)
-    columns = torch.where((indices >= 0) & (indices < num_labels), indices, num_labels).long()
-    values = torch.where(indices < 0, 0.0, values)
-    values = torch.where(indices >= num_labels, math.inf, values)
+    in_range = inside & (indices >= 0) & (indices < num_labels)
+    columns = torch.where(in_range, indices, num_labels).long()
+    values = torch.where(inside & (indices >= 0), values, 0.0)
+    values = torch.where(inside & (indices >= num_labels), math.inf, values)
     dense = dense.scatter_reduce(0, rows * width + columns, values, "amax")
     dense = dense.view(-1, width)[:num_rows]
     # The extra column collects the entries that name no label: infinite where one is out of range.
-    lower, upper = offsets[:-1], offsets[1:]
-    bad_offsets = (lower < 0) | (lower > upper) | (upper > indices.shape[0])
+    # Entries cannot be told apart by row where offsets do not rise: all rows are bad then.
+    rises = (offsets[1:] >= offsets[:-1]).all()
+    bad_offsets = ~rises | (offsets[0] < 0) | (offsets[-1] > indices.shape[0])
     bad = dense[:, num_labels].isinf() | bad_offsets
     dense = dense[:, :num_labels]
     return torch.where(bad[:, None] | dense.isinf(), math.nan, dense)
@@ -77,12 +79,22 @@ def softplus(x: Tensor) -> Tensor:
     return torch.logaddexp(x, torch.zeros_like(x))
 
 
-def log_sum_exp(terms: Tensor) -> Tensor:
-    """Return the log-sum-exp of each row ``[N, C]``; rows of -inf give -inf, with gradient 0."""
-    # Rows of -inf are replaced before the function whose gradient would be NaN there.
-    empty = (terms == -math.inf).all(dim=1)
-    sums = torch.where(empty[:, None], 0.0, terms).logsumexp(1)
-    return torch.where(empty, -math.inf, sums)
+def log_sum_beside(own: Tensor, values: Tensor, factors: Tensor) -> Tensor:
+    """Return log(e^own + sum of factor e^value) - own per row, exact also where it is close to 0.
+
+    Args:
+        own: ``[N]``. What is subtracted is a constant to autograd: it cancels in the loss.
+        values: ``[N, C]``.
+        factors: ``[N, C]``, constants in [0, 1]; 0 leaves a value out.
+    """
+    base = own.detach()
+    values = torch.where(factors == 0, -math.inf, values - base[:, None])
+    # Shifted by an exact maximum, so that gradients do not feel the rounding of the logarithm.
+    largest = torch.cat([values.detach(), torch.zeros_like(base)[:, None]], dim=1).amax(dim=1)
+    largest = torch.where(largest.isinf(), 0.0, largest)
+    others = (factors * (values - largest[:, None]).exp()).sum(dim=1)
+    # exp() - 1 is exact where it has to be, at largest = 0, and differentiates better than expm1.
+    return largest + torch.log1p(others + ((own - base - largest).exp() - 1))
 
 
 def reduce_loss(
@@ -92,7 +104,7 @@ def reduce_loss(
     reduction: str,
     normalizer: Tensor | None,
 ) -> Tensor:
-    """Weigh and reduce an unweighted `loss` that is 0 where not `observed`.
+    """Weigh and reduce an unweighted `loss` that is finite where not `observed` or of weight 0.
 
     Args:
         loss: ``[N, C]`` (pointwise) or ``[N]`` (row losses).
@@ -106,8 +118,7 @@ def reduce_loss(
         weight = torch.where(weight >= 0, weight, math.nan)
         if observed is not None:
             weight = torch.where(observed, weight, 0.0)
-        # Selected, so that a weight of zero silences a loss that is not finite.
-        loss = torch.where(weight == 0, 0.0, weight * loss)
+        loss = weight * loss
     if reduction == "none":
         return loss
     # Sums in fp64, as the kernels do.
@@ -152,17 +163,20 @@ def sigmoid_cross_entropy(
     x = input.to(dtype)
     if bad_rows is not None:
         y = torch.where(bad_rows[:, None], math.nan, y)
-    if observed is not None:
-        x = torch.where(observed, x, 0.0)
-        y = torch.where(observed, y, 0.0)
+    used = observed
+    if weight is not None:
+        used = weight != 0 if used is None else used & (weight != 0)
+    if used is not None:
+        x = torch.where(used, x, 0.0)
+        y = torch.where(used, y, 0.0)
     y = y * (1 - label_smoothing) + label_smoothing / 2
     positive = torch.where(y > 0, y * softplus(-x), y * 0)
     if pos_weight is not None:
         positive = positive * torch.where(pos_weight >= 0, pos_weight, math.nan).to(dtype)
     negative = torch.where(y < 1, (1 - y) * softplus(x), y * 0)
     loss = positive + negative
-    if observed is not None:
-        loss = torch.where(observed, loss, 0.0)
+    if used is not None:
+        loss = torch.where(used, loss, 0.0)
     return reduce_loss(loss, observed, weight, reduction, normalizer)
 
 
@@ -179,8 +193,7 @@ def multilabel_categorical_crossentropy(
 ) -> Tensor:
     """L = log(e^-s0 + sum y e^-x) + log(e^s0 + sum (1 - y) e^x), both sums over unmasked labels.
 
-    Computed as softplus(A + s0) + softplus(B - s0) with A and B the logarithms of the sums: written
-    as above, the digits of small losses would cancel.
+    Computed relative to -s0 and s0, which cancel: the digits of small losses are kept.
     """
     dtype, num_labels = compute_dtype(input), input.shape[1]
     y, observed = dense_target(target, num_labels, dtype, ignore_index)
@@ -190,14 +203,13 @@ def multilabel_categorical_crossentropy(
     x = input.to(dtype)
     if bad_rows is not None:
         y = torch.where(bad_rows[:, None], math.nan, y)
-    # `not y <= 0` rather than `y > 0`: NaN shall be seen by both sums.
-    is_positive, is_negative = ~(y <= 0), ~(y >= 1)
+    if weight is not None:
+        x = torch.where(weight[:, None] == 0, 0.0, x)
+        y = torch.where(weight[:, None] == 0, 0.0, y)
+    positives, negatives = y, 1 - y
     if observed is not None:
         x = torch.where(observed, x, 0.0)
-        is_positive, is_negative = is_positive & observed, is_negative & observed
-    s0 = threshold.to(dtype)
-    never = torch.full_like(x, -math.inf)
-    positive = torch.where(is_positive, -x + torch.where(is_positive, y, 1.0).log(), never)
-    negative = torch.where(is_negative, x + torch.where(is_negative, 1 - y, 1.0).log(), never)
-    loss = softplus(log_sum_exp(positive) + s0) + softplus(log_sum_exp(negative) - s0)
+        positives = torch.where(observed, positives, 0.0)
+        negatives = torch.where(observed, negatives, 0.0)
+    loss = log_sum_beside(-threshold, -x, positives) + log_sum_beside(threshold, x, negatives)
     return reduce_loss(loss, None, weight, reduction, normalizer)

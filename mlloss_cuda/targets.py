@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import _register_namedtuple
 
 # Values of the `*_format` arguments of the operators; csrc/problem.h has the same numbers.
 DENSE = 0
@@ -177,8 +178,8 @@ class SparseLabels(NamedTuple):
                 synchronisation, such entries are left out).
         """
         check_indices(self, num_labels, "indices")
-        rows = row_of_entry(self)
-        used = (self.indices >= 0) & (self.indices < num_labels)
+        rows, inside = row_of_entry(self)
+        used = inside & (self.indices >= 0) & (self.indices < num_labels)
         # Entries that are not used go to an extra column, which is cut off.
         columns = torch.where(used, self.indices, num_labels).long()
         if self.values is None:
@@ -191,6 +192,11 @@ class SparseLabels(NamedTuple):
             dense.scatter_reduce_(0, rows * (num_labels + 1) + columns, self.values, "amax")
             dense = dense.view(self.num_rows, num_labels + 1)
         return dense[:, :num_labels]
+
+
+# What torch.export.save and torch.load(weights_only=True) need to know a named tuple by.
+_register_namedtuple(SparseLabels, serialized_type_name="mlloss_cuda.SparseLabels")
+torch.serialization.add_safe_globals([SparseLabels])
 
 
 class Labels(NamedTuple):
@@ -236,15 +242,16 @@ def contents_may_be_checked(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" or (_debug_checks and tensor.device.type != "meta")
 
 
-def row_of_entry(labels: SparseLabels) -> Tensor:
-    """Row number of every entry, shape ``[entries]``, without a synchronisation.
+def row_of_entry(labels: SparseLabels) -> tuple[Tensor, Tensor]:
+    """Row number of every entry, and whether it is in a row at all; both ``[entries]``.
 
-    Offsets that are no valid boundaries give row numbers that are still in range.
+    Needs no synchronisation. Row numbers are in range also where offsets are no valid boundaries.
     """
     entries = labels.indices.shape[0]
     positions = torch.arange(entries, device=labels.indices.device)
     rows = torch.searchsorted(labels.offsets.long(), positions, right=True) - 1
-    return rows.clamp(0, max(labels.num_rows - 1, 0))
+    inside = (rows >= 0) & (rows < labels.num_rows)
+    return rows.clamp(0, max(labels.num_rows - 1, 0)), inside
 
 
 def check_indices(labels: SparseLabels, num_labels: int, name: str) -> None:
@@ -338,12 +345,10 @@ def rows_and_labels(tensor: Tensor) -> Tensor:
     """View (or, where strides forbid it, copy) ``[..., C]`` as ``[N, C]``."""
     if tensor.dim() == 2:
         return tensor
-    if tensor.numel() == 0:
-        rows = 1
-        for size in tensor.shape[:-1]:
-            rows *= size
-        return tensor.new_empty(rows, tensor.shape[-1])
-    return tensor.reshape(-1, tensor.shape[-1])
+    rows = 1
+    for size in tensor.shape[:-1]:
+        rows *= size
+    return tensor.reshape(rows, tensor.shape[-1])
 
 
 def normalize_target(

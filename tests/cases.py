@@ -1,10 +1,10 @@
 """The case table: both losses, every dtype of logits, format of target and mask, and option.
 
-All combinations would be millions. Instead, `covering` chooses rows such that *every pair* of
-levels of two columns occurs (every target format with every mask format, every dtype with every
-reduction, every number of labels with every layout, ...): what goes wrong in kernels goes wrong in
-one level or where two meet. The choice is deterministic, and so are the data, which depend on the
-row's name.
+All combinations would be millions. Instead, `covering` chooses rows such that every *pair* of
+levels of two columns occurs: every target format with every mask format, every dtype with every
+reduction, every number of labels with every layout, and so on. Kernels have loops of their own for
+calls without options, which few of those rows are; there, over fewer formats, every *triple*
+occurs. The choice is deterministic, and so are the data, which depend on the name of the row.
 
 Data are drawn as a dense fp64 truth (logits, targets, what is observed) and then given to the
 library in the format under test; the oracle sees the truth alone.
@@ -47,34 +47,34 @@ DTYPES = {
 # ---- Choosing rows -------------------------------------------------------------------------------
 
 
-def covering(columns: dict[str, Sequence[str]]) -> Iterator[dict[str, str]]:
-    """Rows in which every pair of levels of two columns occurs at least once (greedy)."""
+def covering(columns: dict[str, Sequence[str]], strength: int = 2) -> Iterator[dict[str, str]]:
+    """Rows in which all combinations of levels of any `strength` columns occur (greedy)."""
     choose = random.Random(0)
     names = list(columns)
-    open_pairs = {
-        ((a, level_a), (b, level_b))
-        for a, b in itertools.combinations(names, 2)
-        for level_a, level_b in itertools.product(columns[a], columns[b])
+    wanted = {
+        tuple(zip(group, levels, strict=True))
+        for group in itertools.combinations(names, strength)
+        for levels in itertools.product(*(columns[name] for name in group))
     }
 
     def gain(row: dict[str, str], name: str, level: str) -> int:
-        here = names.index(name)
-        pairs = [
-            ((other, row[other]), (name, level))
-            if names.index(other) < here
-            else ((name, level), (other, row[other]))
-            for other in row
-        ]
-        return sum(pair in open_pairs for pair in pairs)
+        """How many combinations `level` completes."""
+        trial = row | {name: level}
+        known = [(other, trial[other]) for other in names if other in trial]
+        return sum(
+            combination in wanted and (name, level) in combination
+            for combination in itertools.combinations(known, strength)
+        )
 
-    while open_pairs:
-        row = dict(min(open_pairs))
+    while wanted:
+        row = dict(min(wanted))
         for name in choose.sample(names, len(names)):
             if name not in row:
                 levels = choose.sample(list(columns[name]), len(columns[name]))
                 row[name] = max(levels, key=lambda level, name=name: gain(row, name, level))
-        open_pairs -= set(itertools.combinations(((name, row[name]) for name in names), 2))
-        yield {name: row[name] for name in names}
+        row = {name: row[name] for name in names}
+        wanted -= set(itertools.combinations(row.items(), strength))
+        yield row
 
 
 # ---- Levels --------------------------------------------------------------------------------------
@@ -187,6 +187,18 @@ COLUMNS = {
         "threshold": ("default", "number", "0d", "N", "N1_fp64", "N_bf16", "constant_N"),
     },
 }
+# Calls without weights that reduce: every triple.
+PLAIN = {
+    "labels": ("7", "31", "1023", "4097"),
+    "dtype": tuple(DTYPES),
+    "target": (
+        *("bool", "uint8", "int64", "fp32", "soft_fp32", "int64_ignore_-100"),
+        *("sparse_int64", "sparse_values_fp32"),
+    ),
+    "mask": ("none", "bool", "sparse_int64"),
+    "label_smoothing": ("0", "0.1"),
+}
+FIXED = {"reduction": "mean", "logit_layout": "contiguous", "label_layout": "contiguous"}
 
 
 @dataclass(frozen=True)
@@ -205,7 +217,18 @@ class Case:
         return "-".join([self.loss, *told])
 
 
-CASES = [Case(loss, levels) for loss, columns in COLUMNS.items() for levels in covering(columns)]
+PAIRS = [Case(loss, levels) for loss, columns in COLUMNS.items() for levels in covering(columns)]
+TRIPLES = [
+    Case(loss, levels | FIXED | {"weight": "none", option: default})
+    for loss, option, default in (
+        (POINTWISE, "pos_weight", "none"),
+        (ROWWISE, "threshold", "default"),
+    )
+    for levels in covering(
+        {name: PLAIN[name] for name in PLAIN if name in COLUMNS[loss]}, strength=3
+    )
+]
+CASES = list({case.name: case for case in PAIRS + TRIPLES}.values())
 
 
 # ---- Data ----------------------------------------------------------------------------------------

@@ -32,8 +32,9 @@ def sigmoid(z: Array) -> Array:
         return 1.0 / (1.0 + np.exp(-z))
 
 
-def softmax(z: Array) -> Array:
-    parts = np.exp(z - z.max())
+def shares(factors: Array, z: Array) -> Array:
+    """Each term's part of the sum of factor * e^z."""
+    parts = factors * np.exp(z - z.max())
     return parts / parts.sum()
 
 
@@ -113,16 +114,15 @@ def multilabel_categorical_crossentropy(
             continue
         positives = observed[row] & (y[row] > 0)
         negatives = observed[row] & (y[row] < 1)
-        log_y = np.log(y[row][positives])
-        log_not_y = np.log1p(-y[row][negatives])
-        falling = np.append(log_y - x[row][positives], -s0[row])
-        rising = np.append(log_not_y + x[row][negatives], s0[row])
+        y_positive, x_positive = y[row][positives], -x[row][positives]
+        y_negative, x_negative = 1 - y[row][negatives], x[row][negatives]
         # LA + s0 and LB - s0: neither is smaller than 0, so their sum loses no digits.
         terms[row] = factor[row] * (
-            softplus(np.logaddexp.reduce(falling[:-1]) + s0[row])
-            + softplus(np.logaddexp.reduce(rising[:-1]) - s0[row])
+            softplus(np.logaddexp.reduce(np.log(y_positive) + x_positive) + s0[row])
+            + softplus(np.logaddexp.reduce(np.log(y_negative) + x_negative) - s0[row])
         )
-        falling, rising = factor[row] * softmax(falling), factor[row] * softmax(rising)
+        falling = factor[row] * shares(np.append(y_positive, 1), np.append(x_positive, -s0[row]))
+        rising = factor[row] * shares(np.append(y_negative, 1), np.append(x_negative, s0[row]))
         gradient[row][positives] -= falling[:-1]
         gradient[row][negatives] += rising[:-1]
         magnitude[row][positives] += falling[:-1]

@@ -140,6 +140,7 @@ def test_malformed_file_as_a_process(folder, tmp_path):
         (["--lr", "-1"], "learning_rate must be above 0"),
         (["--device", "abacus"], "--device"),
         (["--threads", "0"], "--threads must be at least 1"),
+        (["--report", "."], "--report .: expected a file, found a directory"),
     ],
 )
 def test_wrong_arguments(folder, capsys, changes, message):

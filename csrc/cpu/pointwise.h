@@ -67,17 +67,17 @@ MLLOSS_INLINE double grouped_sum(const Loss& loss, const PointwiseTile<Real>& ti
                                   labels.observed + i, q, linear);
   }
   if (i < tile.count) {
-    // The rest, filled up with logits of -inf and targets of 0, which cost 0.
+    // The rest, filled up with elements that are not observed.
     alignas(64) Real logits[kLanes], soft[kLanes];
     alignas(64) uint8_t hard[kLanes], observed[kLanes];
     for (int j = 0; j < kLanes; ++j) {
       const bool inside = i + j < tile.count;
-      logits[j] = inside ? tile.logits[i + j] : -kInfinity<Real>;
+      logits[j] = inside ? tile.logits[i + j] : Real(0);
       if constexpr (kKind == TargetKind::kSoft) soft[j] = inside ? labels.soft[i + j] : Real(0);
       if constexpr (kKind == TargetKind::kHard) hard[j] = inside ? labels.hard[i + j] : 0;
       observed[j] = inside && (!kMasked || labels.observed[i + j] != 0);
     }
-    add_to_groups<kKind, kMasked>(loss, logits, hard, soft, observed, q, linear);
+    add_to_groups<kKind, true>(loss, logits, hard, soft, observed, q, linear);
   }
   double sum = 0;
   Real parts[kLanes];
@@ -379,6 +379,7 @@ template <class Loss, class Backward>
 void pointwise_backward(PointwiseProblem problem, const Loss& loss, const BackwardInput& input,
                         const BackwardOutput& output, Backward backward) {
   using Real = typename Loss::Real;
+  if (problem.rows == 0 || problem.columns == 0) return;  // grad_output may have no memory
   flatten(problem, &input.grad_output);
   const Pieces pieces(problem.rows, problem.columns);
   prefer_huge_pages(output.grad_input,
@@ -386,7 +387,7 @@ void pointwise_backward(PointwiseProblem problem, const Loss& loss, const Backwa
   const bool uniform = input.grad_output.row_stride == 0 && input.grad_output.column_stride == 0;
   constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
   double scale = *input.scale;
-  if (uniform && pieces.count() > 0) {
+  if (uniform) {
     double upstream;
     load(input.grad_output.data, input.grad_output.element, 0, 0, 1, &upstream);
     scale *= upstream;

@@ -21,6 +21,7 @@ from mlloss_cuda.xmc.trainer import LOSSES, Settings, fit
 
 WRONG_INPUT = 2  # exit status, the one argparse uses
 INTERRUPTED = 130  # exit status, the one shells use for Ctrl-C
+DEFAULT = " (default: %(default)s)"  # at the end of an option's help
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +51,8 @@ def _one_line(error: BaseException) -> str:
 
 def _train(options: argparse.Namespace) -> None:
     settings = _settings(options)
+    if options.report is not None and options.report.is_dir():
+        raise ValueError(f"--report {options.report}: expected a file, found a directory")
     start = time.perf_counter()
     if options.test is not None:
         train, test = read_pair(options.train, options.test)
@@ -128,7 +131,6 @@ def _parser() -> argparse.ArgumentParser:
         help="train on a data file and report P@k and PSP@k on another",
         description="Train on a data file and report P@k and PSP@k on another. Files are XMC text "
         "(header 'N D L') or headerless libsvm text with several labels per row.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     train.set_defaults(run=_train)
     train.add_argument("--train", type=Path, required=True, metavar="FILE", help="training rows")
@@ -140,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="instead of a test file, hold out this share of the training rows",
     )
-    train.add_argument("--loss", choices=LOSSES, default=Settings.loss, help="which loss")
+    train.add_argument("--loss", choices=LOSSES, default=Settings.loss, help=f"which loss{DEFAULT}")
     train.add_argument("--report", type=Path, metavar="FILE", help="write scores etc. as JSON")
     _add_settings(train)
 
@@ -149,14 +151,17 @@ def _parser() -> argparse.ArgumentParser:
         help="train with both losses; ends with a table and a picture",
         description="Train with both losses on generated or given data; ends with a table and a "
         "picture of learning curves, scores and the time of the loss kernels.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     demo.set_defaults(run=_demo)
     demo.add_argument(
         "--data", type=Path, metavar="DIR", help="take *_train.txt and *_test.txt from here"
     )
     demo.add_argument(
-        "--output", type=Path, metavar="DIR", default=Path("demo_output"), help="for the results"
+        "--output",
+        type=Path,
+        metavar="DIR",
+        default=Path("demo_output"),
+        help=f"for the results{DEFAULT}",
     )
     _add_settings(demo)
 
@@ -164,7 +169,6 @@ def _parser() -> argparse.ArgumentParser:
         "generate",
         help="write a generated power-law data set",
         description="Write generated_train.txt and generated_test.txt as XMC text.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     generate.set_defaults(run=_generate)
     generate.add_argument("--output", type=Path, metavar="DIR", required=True, help="where to")
@@ -174,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
             type=type(field.default),
             default=field.default,
             metavar="N",
-            help=" ",  # argparse shows defaults only beside a help text
+            help="default: %(default)s",
         )
     return parser
 
@@ -191,7 +195,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     ):
         default = getattr(Settings, flag[2:].replace("-", "_"))
         parser.add_argument(
-            flag, type=type(default), default=default, metavar="VALUE", help=meaning
+            flag, type=type(default), default=default, metavar="VALUE", help=meaning + DEFAULT
         )
     parser.add_argument(
         "--lr",
@@ -199,10 +203,18 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=Settings.learning_rate,
         metavar="VALUE",
-        help="largest learning rate of the schedule",
+        help=f"largest learning rate of the schedule{DEFAULT}",
     )
     parser.add_argument(
-        "--features", choices=TREATMENTS, default=Settings.features, help="treatment of features"
+        "--features",
+        choices=TREATMENTS,
+        default=Settings.features,
+        help=f"treatment of features{DEFAULT}",
     )
-    parser.add_argument("--threads", type=int, metavar="VALUE", help="threads on the CPU")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="VALUE",
+        help="threads on the CPU (default: what torch takes)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

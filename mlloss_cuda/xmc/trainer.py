@@ -39,7 +39,7 @@ class Settings:
     """
 
     loss: str = "zlpr"
-    epochs: int = 15
+    epochs: int = 12
     seed: int = 0
     hidden: int = 512
     batch_size: int = 256
