@@ -2,6 +2,8 @@
 // positives and of e^x over its negatives. See math/multilabel_categorical_crossentropy.h.
 #pragma once
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -24,123 +26,121 @@ struct RowTile {
 
 // ---- Loops over a tile ----
 
-// Where a maximum is infinite, the difference to it would be NaN, and the fast exponential does not
-// take positive arguments: element by element, with the C library.
-template <class Real>
-double sum_around_infinity(const Real* values, const Real* factors, int count) {
-  double sum = 0;
-  for (int i = 0; i < count; ++i) {
-    if (factors[i] != 0) sum += factors[i] * std::exp(static_cast<double>(values[i]));
-  }
-  return sum;
-}
-
-// Sum of factor * e^value over a tile, `factors` in [0, 1] or NaN.
-template <class Real>
-MLLOSS_INLINE ScaledSum<double> scaled_sum(const Real* values, const Real* factors, int count) {
-  const Real largest = lane_max(count, -kInfinity<Real>, [=](int i) MLLOSS_INLINE_LAMBDA {
-    return factors[i] != 0 ? values[i] : -kInfinity<Real>;
+// Sum of factor(i) e^value(i), i < count. Factors are bool, or numbers in [0, 1] or NaN; 0 leaves a
+// value out. Two passes over values that are in the L1 cache, with one exponential each.
+template <class Real, class Value, class Factor>
+MLLOSS_INLINE ScaledSum<double> scaled_sum(int count, const Value& value, const Factor& factor) {
+  constexpr bool kSelects = std::is_same_v<decltype(factor(0)), bool>;
+  const Real largest = lane_max(count, -kInfinity<Real>, [&](int i) MLLOSS_INLINE_LAMBDA {
+    const Real x = value(i);
+    if constexpr (kSelects) return factor(i) ? x : -kInfinity<Real>;
+    return factor(i) != 0 ? x : -kInfinity<Real>;
   });
   if (absolute(largest) == kInfinity<Real>) {
-    return {largest, sum_around_infinity(values, factors, count)};
-  }
-  const Real sum = lane_sum<Real>(count, [=](int i) MLLOSS_INLINE_LAMBDA {
-    const Real term = factors[i] * exp_nonpositive(values[i] - largest);
-    return factors[i] != 0 ? term : Real(0);
-  });
-  return {largest, sum};
-}
-
-// A tile without positives and without a mask: every element is a negative.
-template <class Real>
-MLLOSS_INLINE ScaledSum<double> scaled_sum(const Real* values, int count) {
-  const Real largest =
-      lane_max(count, -kInfinity<Real>, [=](int i) MLLOSS_INLINE_LAMBDA { return values[i]; });
-  if (absolute(largest) == kInfinity<Real>) {
+    // The difference to it would be NaN, and the fast exponential takes no positive arguments.
     double sum = 0;
-    for (int i = 0; i < count; ++i) sum += std::exp(static_cast<double>(values[i]));
+    for (int i = 0; i < count; ++i) {
+      if (factor(i) != 0) sum += factor(i) * std::exp(static_cast<double>(value(i)));
+    }
     return {largest, sum};
   }
-  const Real sum = lane_sum<Real>(
-      count, [=](int i) MLLOSS_INLINE_LAMBDA { return exp_nonpositive(values[i] - largest); });
+  const Real sum = lane_sum<Real>(count, [&](int i) MLLOSS_INLINE_LAMBDA {
+    const Real e = exp_nonpositive(value(i) - largest);
+    if constexpr (kSelects) return factor(i) ? e : Real(0);
+    return factor(i) != 0 ? Real(factor(i)) * e : Real(0);
+  });
   return {largest, sum};
 }
 
-// Hard targets: one exponential per element, added to the side that the element is on.
-template <bool kMasked, class Real>
-MLLOSS_INLINE RowSums<double> hard_sums(const RowTile<Real>& tile) {
-  const Real* logits = tile.logits;
-  const uint8_t* hard = tile.labels.hard;
-  const uint8_t* observed = tile.labels.observed;
-  const auto on_side = [=](int i, bool positive) MLLOSS_INLINE_LAMBDA {
-    bool result = (hard[i] != 0) == positive;
-    if constexpr (kMasked) result &= observed[i] != 0;
-    return result;
-  };
-  const Real most_positive = lane_max(
-      tile.count, -kInfinity<Real>,
-      [=](int i) MLLOSS_INLINE_LAMBDA { return on_side(i, true) ? -logits[i] : -kInfinity<Real>; });
-  const Real most_negative = lane_max(
-      tile.count, -kInfinity<Real>,
-      [=](int i) MLLOSS_INLINE_LAMBDA { return on_side(i, false) ? logits[i] : -kInfinity<Real>; });
-  if (most_positive == kInfinity<Real> || most_negative == kInfinity<Real>) {
-    Real values[kTile], factors[kTile];
-    RowSums<double> sums = RowSums<double>::empty();
-    for (const bool positive : {true, false}) {
-      for (int i = 0; i < tile.count; ++i) {
-        values[i] = positive ? -logits[i] : logits[i];
-        factors[i] = on_side(i, positive) ? Real(1) : Real(0);
-      }
-      (positive ? sums.positive : sums.negative) = scaled_sum(values, factors, tile.count);
+// Positions of the nonzero bytes, at most `capacity` of them; returns how many there are.
+inline int find_nonzero(const uint8_t* bytes, int count, int* positions, int capacity) {
+  int found = 0;
+  const auto look = [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      if (bytes[i] == 0) continue;
+      if (found < capacity) positions[found] = i;
+      ++found;
     }
-    return sums;
+  };
+  int i = 0;
+  // Eight at a time: nearly all are zero.
+  for (; i + 8 <= count; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, bytes + i, sizeof word);
+    if (word != 0) look(i, i + 8);
   }
-  const Real positive_shift = shift_of(most_positive);
-  const Real negative_shift = shift_of(most_negative);
-  alignas(64) Real terms[kTile];
-#pragma omp simd
-  for (int i = 0; i < tile.count; ++i) {
-    const Real x = logits[i];
-    const Real e = exp_nonpositive(hard[i] != 0 ? -x - positive_shift : x - negative_shift);
-    terms[i] = kMasked && observed[i] == 0 ? Real(0) : e;
-  }
-  const Real positive_sum = lane_sum<Real>(
-      tile.count, [&](int i) MLLOSS_INLINE_LAMBDA { return hard[i] != 0 ? terms[i] : Real(0); });
-  const Real negative_sum = lane_sum<Real>(
-      tile.count, [&](int i) MLLOSS_INLINE_LAMBDA { return hard[i] != 0 ? Real(0) : terms[i]; });
-  return {{most_positive, positive_sum}, {most_negative, negative_sum}};
+  look(i, count);
+  return found;
 }
 
-// Any target and mask: factors y and 1 - y, 0 where masked.
-template <class Real>
-MLLOSS_INLINE RowSums<double> soft_sums(const RowTile<Real>& tile) {
-  Real values[kTile], factors[kTile];
+// Positives in a tile up to which they are taken one by one, beside a vectorised loop over the
+// negatives; more go through a loop over both sides.
+constexpr int kFewPositives = kTile / 16;
+
+// Hard targets (or none at all: `hard` is nullptr).
+template <bool kMasked, class Real>
+MLLOSS_INLINE RowSums<double> hard_sums(const RowTile<Real>& tile, const uint8_t* hard) {
+  const Real* logits = tile.logits;
   const uint8_t* observed = tile.labels.observed;
+  const auto logit = [=](int i) MLLOSS_INLINE_LAMBDA { return logits[i]; };
+  const auto is_observed = [=](int i) MLLOSS_INLINE_LAMBDA {
+    if constexpr (kMasked) return observed[i] != 0;
+    return true;
+  };
+  int positions[kFewPositives];
+  const int positives =
+      hard == nullptr ? 0 : find_nonzero(hard, tile.count, positions, kFewPositives);
   RowSums<double> sums = RowSums<double>::empty();
-  for (int i = 0; i < tile.count; ++i) {
-    values[i] = -tile.logits[i];
-    const Real y = tile.labels.kind == TargetKind::kSoft ? tile.labels.soft[i] : Real(0);
-    factors[i] = observed == nullptr || observed[i] != 0 ? y : Real(0);
+  if (positives == 0) {
+    sums.negative = scaled_sum<Real>(tile.count, logit, is_observed);
+    return sums;
   }
-  sums.positive = scaled_sum(values, factors, tile.count);
-  for (int i = 0; i < tile.count; ++i) {
-    const Real y = tile.labels.kind == TargetKind::kSoft ? tile.labels.soft[i] : Real(0);
-    factors[i] = observed == nullptr || observed[i] != 0 ? 1 - y : Real(0);
+  sums.negative = scaled_sum<Real>(tile.count, logit, [=](int i) MLLOSS_INLINE_LAMBDA {
+    return (hard[i] == 0) & is_observed(i);
+  });
+  if (positives <= kFewPositives) {
+    Real values[kFewPositives];
+    int count = 0;
+    for (int k = 0; k < positives; ++k) {
+      if (is_observed(positions[k])) values[count++] = -logits[positions[k]];
+    }
+    sums.positive = scaled_sum<Real>(
+        count, [&](int i) MLLOSS_INLINE_LAMBDA { return values[i]; },
+        [](int) MLLOSS_INLINE_LAMBDA { return true; });
+  } else {
+    sums.positive = scaled_sum<Real>(
+        tile.count, [=](int i) MLLOSS_INLINE_LAMBDA { return -logits[i]; },
+        [=](int i) MLLOSS_INLINE_LAMBDA { return (hard[i] != 0) & is_observed(i); });
   }
-  sums.negative = scaled_sum(tile.logits, factors, tile.count);
   return sums;
+}
+
+// Soft targets: factors y and 1 - y.
+template <bool kMasked, class Real>
+MLLOSS_INLINE RowSums<double> soft_sums(const RowTile<Real>& tile) {
+  const Real* logits = tile.logits;
+  const Real* soft = tile.labels.soft;
+  const uint8_t* observed = tile.labels.observed;
+  const auto observed_only = [=](int i, Real factor) MLLOSS_INLINE_LAMBDA {
+    if constexpr (kMasked) return observed[i] != 0 ? factor : Real(0);
+    return factor;
+  };
+  return {scaled_sum<Real>(
+              tile.count, [=](int i) MLLOSS_INLINE_LAMBDA { return -logits[i]; },
+              [=](int i) MLLOSS_INLINE_LAMBDA { return observed_only(i, soft[i]); }),
+          scaled_sum<Real>(
+              tile.count, [=](int i) MLLOSS_INLINE_LAMBDA { return logits[i]; },
+              [=](int i) MLLOSS_INLINE_LAMBDA { return observed_only(i, 1 - soft[i]); })};
 }
 
 template <class Real>
 MLLOSS_INLINE RowSums<double> sums_of_tile(const RowTile<Real>& tile) {
   const bool masked = tile.labels.observed != nullptr;
-  if (tile.labels.kind == TargetKind::kHard) {
-    return masked ? hard_sums<true>(tile) : hard_sums<false>(tile);
+  if (tile.labels.kind == TargetKind::kSoft) {
+    return masked ? soft_sums<true>(tile) : soft_sums<false>(tile);
   }
-  if (tile.labels.kind == TargetKind::kNone && !masked) {
-    return {ScaledSum<double>::empty(), scaled_sum(tile.logits, tile.count)};
-  }
-  return soft_sums(tile);
+  const uint8_t* hard = tile.labels.kind == TargetKind::kHard ? tile.labels.hard : nullptr;
+  return masked ? hard_sums<true>(tile, hard) : hard_sums<false>(tile, hard);
 }
 
 // gradients[i] = scale * (-y k_p e^(-x - m_p) + (1 - y) k_n e^(x - m_n)), 0 where masked.
