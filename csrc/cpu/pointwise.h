@@ -248,6 +248,7 @@ class PointwiseReader {
   PointwiseTile<Real> tile(int64_t begin, int count) {
     PointwiseTile<Real> tile;
     tile.count = count;
+    prefetch(begin + count);
     tile.labels = labels_.tile(begin, count);
     if (soften_) soften(tile);
     tile.logits = logits(begin, count);
@@ -265,6 +266,22 @@ class PointwiseReader {
   }
 
  private:
+  // A tile of logits, and of what is dense beside it, may be prefetched beyond the end of a row:
+  // prefetching never faults.
+  void prefetch(int64_t begin) const {
+    const int64_t size = element_size(problem_.element);
+    prefetch_tile(
+        static_cast<const char*>(problem_.logits) + (row_ * problem_.row_stride + begin) * size,
+        kTile * size);
+    for (const Labels* labels : {&problem_.target, &problem_.mask}) {
+      if (!is_dense(*labels) || labels->column_stride != 1) continue;
+      const int64_t width = element_size(labels->element);
+      prefetch_tile(
+          static_cast<const char*>(labels->data) + (row_ * labels->row_stride + begin) * width,
+          kTile * width);
+    }
+  }
+
   // Smoothed targets are soft, whatever they were given as.
   void soften(PointwiseTile<Real>& tile) {
     if (tile.labels.kind == TargetKind::kSoft) return;

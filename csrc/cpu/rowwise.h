@@ -200,6 +200,7 @@ class RowReader {
   RowTile<Real> tile(int64_t begin, int count) {
     RowTile<Real> tile;
     tile.count = count;
+    prefetch(begin + count);
     tile.labels = labels_.tile(begin, count);
     const int64_t offset = row_ * problem_.row_stride + begin;
     constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
@@ -213,6 +214,22 @@ class RowReader {
   }
 
  private:
+  // A tile of logits, and of what is dense beside it, may be prefetched beyond the end of a row:
+  // prefetching never faults.
+  void prefetch(int64_t begin) const {
+    const int64_t size = element_size(problem_.element);
+    prefetch_tile(
+        static_cast<const char*>(problem_.logits) + (row_ * problem_.row_stride + begin) * size,
+        kTile * size);
+    for (const Labels* labels : {&problem_.target, &problem_.mask}) {
+      if (!is_dense(*labels) || labels->column_stride != 1) continue;
+      const int64_t width = element_size(labels->element);
+      prefetch_tile(
+          static_cast<const char*>(labels->data) + (row_ * labels->row_stride + begin) * width,
+          kTile * width);
+    }
+  }
+
   const RowwiseProblem& problem_;
   int64_t row_ = 0;
   LabelReader<Real> labels_;
