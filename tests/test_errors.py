@@ -209,8 +209,8 @@ def test_options_are_keywords(loss: Any) -> None:
     [
         (lambda: SparseLabels.from_lists([1, 2]), TypeError, "lists must hold one sequence"),
         (lambda: SparseLabels.from_lists(["12"]), TypeError, "lists must hold one sequence"),
-        (lambda: SparseLabels.from_lists([[0.5]]), TypeError, "lists must hold integers"),
-        (lambda: SparseLabels.from_lists([["a"]]), TypeError, "lists must hold integers"),
+        (lambda: SparseLabels.from_lists([[0.5]]), TypeError, "lists must hold integer"),
+        (lambda: SparseLabels.from_lists([["a"]]), TypeError, "lists must hold integer"),
         (
             *(lambda: SparseLabels.from_lists([[2**40]], dtype=torch.int32), ValueError),
             "lists holds the id .* does not fit torch.int32",
