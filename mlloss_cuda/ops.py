@@ -148,7 +148,7 @@ class _Loss:
         """Return the loss; `differentiable` says whether an argument requires grad."""
         if torch.compiler.is_compiling():
             loss: Tensor = getattr(torch.ops.mlloss_cuda, self.name)(input, *arguments)[0]
-        elif differentiable and torch.is_grad_enabled():
+        elif (differentiable and torch.is_grad_enabled()) or _forward_mode_is_on():
             loss = _Differentiable.apply(self, input, *arguments)
         else:
             loss = self.forward(input, *arguments)[0]
@@ -166,12 +166,21 @@ class _Differentiable(torch.autograd.Function):
         return value
 
     @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(f"mlloss_cuda.{ctx.loss.name} has no forward-mode derivative")
+
+    @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         loss: _Loss = ctx.loss
         if torch.is_grad_enabled():
             raise loss.no_second_derivative()
         gradients = loss.backward(grad_output, _saved(ctx))
         return None, *loss.gradients_of_arguments(gradients, len(ctx.needs_input_grad) - 2)
+
+
+def _forward_mode_is_on() -> bool:
+    """Whether tensors may carry tangents, which the kernels would drop without a word."""
+    return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
 def _save(ctx: Any, values: Sequence[Any]) -> None:

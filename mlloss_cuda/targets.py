@@ -191,7 +191,7 @@ class SparseLabels(NamedTuple):
             dense = self.values.new_zeros(self.num_rows * (num_labels + 1))
             dense.scatter_reduce_(0, rows * (num_labels + 1) + columns, self.values, "amax")
             dense = dense.view(self.num_rows, num_labels + 1)
-        return dense[:, :num_labels]
+        return dense[:, :num_labels].contiguous()
 
 
 # What torch.export.save and torch.load(weights_only=True) need to know a named tuple by.

@@ -97,7 +97,13 @@ BAD_CALLS: list[tuple[tuple[str, ...], dict[str, Any], type[Exception], str]] = 
         *(BOTH, {"target": torch.eye(4, 5).to_sparse_csr()}, ValueError),
         r"target.offsets must have 4 elements .* got 5",
     ),
+    (
+        *(BOTH, {"target": torch.eye(3, 7).to_sparse_csr()}, ValueError),
+        r"target must have the shape of input, \[3, 5\], got \[3, 7\]",
+    ),
+    (BOTH, {"target": LEARNED.exp().to_sparse_csr()}, ValueError, "target must not require grad"),
     # mask
+    (BOTH, {"mask": torch.eye(3, 7).to_sparse_csr()}, ValueError, r"mask must .* got \[3, 7\]"),
     (BOTH, {"mask": [1, 0, 1]}, TypeError, "mask must be a tensor, SparseLabels or None, got list"),
     (BOTH, {"mask": X}, TypeError, "mask must have .* dtypes bool, uint8, got torch.float32"),
     (BOTH, {"mask": Y.long()}, TypeError, "mask must have .* dtypes bool, uint8, got torch.int64"),
@@ -188,7 +194,7 @@ def test_bad_call(
         assert good.isfinite()
         for kernels in list(ops._kernels):
             monkeypatch.setitem(ops._kernels, kernels, _Refusing())
-        monkeypatch.setattr("mlloss_cuda.reference.softplus", refuse)
+        monkeypatch.setattr("mlloss_cuda.reference.dense_target", refuse)
         with pytest.raises(error, match=message):
             LOSSES[loss](**({"input": X, "target": Y} | arguments))
 

@@ -245,10 +245,11 @@ class PointwiseReader {
     labels_.start_row(row, begin, end);
   }
 
-  PointwiseTile<Real> tile(int64_t begin, int count) {
+  // The columns [begin, begin + count); what is read of this row ends at `end`.
+  PointwiseTile<Real> tile(int64_t begin, int count, int64_t end) {
     PointwiseTile<Real> tile;
     tile.count = count;
-    prefetch(begin + count);
+    prefetch(begin + count, std::min<int64_t>(kTile, end - begin - count));
     tile.labels = labels_.tile(begin, count);
     if (soften_) soften(tile);
     tile.logits = logits(begin, count);
@@ -266,19 +267,18 @@ class PointwiseReader {
   }
 
  private:
-  // A tile of logits, and of what is dense beside it, may be prefetched beyond the end of a row:
-  // prefetching never faults.
-  void prefetch(int64_t begin) const {
+  // Logits, and what is dense beside them, of the next tile.
+  void prefetch(int64_t begin, int64_t count) const {
     const int64_t size = element_size(problem_.element);
     prefetch_tile(
         static_cast<const char*>(problem_.logits) + (row_ * problem_.row_stride + begin) * size,
-        kTile * size);
+        count * size);
     for (const Labels* labels : {&problem_.target, &problem_.mask}) {
       if (!is_dense(*labels) || labels->column_stride != 1) continue;
       const int64_t width = element_size(labels->element);
       prefetch_tile(
           static_cast<const char*>(labels->data) + (row_ * labels->row_stride + begin) * width,
-          kTile * width);
+          count * width);
     }
   }
 
@@ -373,7 +373,7 @@ void pointwise_forward(PointwiseProblem problem, const Loss& loss, const Forward
         reader.start_row(row, piece.column_begin, piece.column_end);
         for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const PointwiseTile<Real> tile = reader.tile(begin, count);
+          const PointwiseTile<Real> tile = reader.tile(begin, count, piece.column_end);
           Real* out = losses == nullptr ? nullptr : losses + row * problem.columns + begin;
           if (tile.labels.empty && out == nullptr) continue;
           sum.total += forward(loss, tile, out);
@@ -420,7 +420,7 @@ void pointwise_backward(PointwiseProblem problem, const Loss& loss, const Backwa
         reader.start_row(row, piece.column_begin, piece.column_end);
         for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const PointwiseTile<Real> tile = reader.tile(begin, count);
+          const PointwiseTile<Real> tile = reader.tile(begin, count, piece.column_end);
           const int64_t offset = row * problem.columns + begin;
           Real* gradients =
               problem.element == kOwn ? static_cast<Real*>(output.grad_input) + offset : buffer;

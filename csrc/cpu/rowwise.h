@@ -197,10 +197,11 @@ class RowReader {
     labels_.start_row(row, begin, end);
   }
 
-  RowTile<Real> tile(int64_t begin, int count) {
+  // The columns [begin, begin + count); what is read of this row ends at `end`.
+  RowTile<Real> tile(int64_t begin, int count, int64_t end) {
     RowTile<Real> tile;
     tile.count = count;
-    prefetch(begin + count);
+    prefetch(begin + count, std::min<int64_t>(kTile, end - begin - count));
     tile.labels = labels_.tile(begin, count);
     const int64_t offset = row_ * problem_.row_stride + begin;
     constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
@@ -214,19 +215,18 @@ class RowReader {
   }
 
  private:
-  // A tile of logits, and of what is dense beside it, may be prefetched beyond the end of a row:
-  // prefetching never faults.
-  void prefetch(int64_t begin) const {
+  // Logits, and what is dense beside them, of the next tile.
+  void prefetch(int64_t begin, int64_t count) const {
     const int64_t size = element_size(problem_.element);
     prefetch_tile(
         static_cast<const char*>(problem_.logits) + (row_ * problem_.row_stride + begin) * size,
-        kTile * size);
+        count * size);
     for (const Labels* labels : {&problem_.target, &problem_.mask}) {
       if (!is_dense(*labels) || labels->column_stride != 1) continue;
       const int64_t width = element_size(labels->element);
       prefetch_tile(
           static_cast<const char*>(labels->data) + (row_ * labels->row_stride + begin) * width,
-          kTile * width);
+          count * width);
     }
   }
 
@@ -276,7 +276,7 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
         RowSums<double> sum = RowSums<double>::empty();
         for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const RowTile<Real> tile = reader.tile(begin, count);
+          const RowTile<Real> tile = reader.tile(begin, count, piece.column_end);
           if (tile.labels.empty) continue;
           const RowSums<double> part = sums(tile);
           sum.positive = combine(sum.positive, part.positive);
@@ -336,7 +336,7 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
           const int64_t offset = row * problem.columns + begin;
           Real* out =
               problem.element == kOwn ? static_cast<Real*>(output.grad_input) + offset : buffer;
-          const RowTile<Real> tile = reader.tile(begin, count);
+          const RowTile<Real> tile = reader.tile(begin, count, piece.column_end);
           if (tile.labels.empty || scale == 0) {
             std::fill_n(out, count, Real(0));
           } else {
