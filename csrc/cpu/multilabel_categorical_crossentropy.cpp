@@ -8,15 +8,15 @@
 namespace mlloss::cpu {
 namespace rows {
 
-MLLOSS_CLONES RowSums<double> sums(const RowTile<float>& tile) { return sums_of_tile(tile); }
-MLLOSS_CLONES RowSums<double> sums(const RowTile<double>& tile) { return sums_of_tile(tile); }
+MLLOSS_CLONES RowSums<double> sums(const Tile<float>& tile) { return sums_of_tile(tile); }
+MLLOSS_CLONES RowSums<double> sums(const Tile<double>& tile) { return sums_of_tile(tile); }
 
-MLLOSS_CLONES void gradients(const RowTile<float>& tile, const RowStatistics<float>& statistics,
+MLLOSS_CLONES void gradients(const Tile<float>& tile, const RowStatistics<float>& statistics,
                              float scale, float* out) {
   gradients_of_tile(tile, statistics, scale, out);
 }
 
-MLLOSS_CLONES void gradients(const RowTile<double>& tile, const RowStatistics<double>& statistics,
+MLLOSS_CLONES void gradients(const Tile<double>& tile, const RowStatistics<double>& statistics,
                              double scale, double* out) {
   gradients_of_tile(tile, statistics, scale, out);
 }
@@ -28,7 +28,7 @@ namespace {
 template <class Real>
 void run_forward(const RowwiseProblem& problem, const ForwardOutput& output) {
   rowwise_forward<MultilabelCategoricalCrossentropy, Real>(
-      problem, output, [](const RowTile<Real>& tile) { return rows::sums(tile); });
+      problem, output, [](const Tile<Real>& tile) { return rows::sums(tile); });
 }
 
 template <class Real>
@@ -36,7 +36,7 @@ void run_backward(const RowwiseProblem& problem, const BackwardInput& input,
                   const BackwardOutput& output) {
   rowwise_backward<MultilabelCategoricalCrossentropy, Real>(
       problem, input, output,
-      [](const RowTile<Real>& tile, const RowStatistics<Real>& statistics, Real scale, Real* out) {
+      [](const Tile<Real>& tile, const RowStatistics<Real>& statistics, Real scale, Real* out) {
         rows::gradients(tile, statistics, scale, out);
       });
 }

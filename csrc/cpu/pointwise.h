@@ -6,22 +6,18 @@
 
 #include "cpu/convert.h"
 #include "cpu/isa.h"
-#include "cpu/labels.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
+#include "cpu/tiles.h"
 #include "cpu/work.h"
 #include "math/scalar.h"
 #include "problem.h"
 
 namespace mlloss::cpu {
 
-// A tile, decoded.
+// A tile with its constants per element; nullptr = all ones.
 template <class Real>
-struct PointwiseTile {
-  int count = 0;
-  const Real* logits = nullptr;
-  LabelTile<Real> labels;
-  // Constants per element; nullptr = all ones.
+struct PointwiseTile : Tile<Real> {
   const Real* weight = nullptr;
   const Real* pos_weight = nullptr;
 };
@@ -237,22 +233,22 @@ MLLOSS_INLINE void backward_tile(const Loss& loss, const PointwiseTile<Real>& ti
 template <class Real>
 class PointwiseReader {
  public:
+  // `soften`: hard targets are wanted as numbers.
   PointwiseReader(const PointwiseProblem& problem, bool soften)
-      : problem_(problem), soften_(soften), labels_(problem, false) {}
+      : problem_(problem), soften_(soften), tiles_(problem, false) {}
 
   void start_row(int64_t row, int64_t begin, int64_t end) {
     row_ = row;
-    labels_.start_row(row, begin, end);
+    tiles_.start_row(row, begin, end);
   }
 
-  // The columns [begin, begin + count); what is read of this row ends at `end`.
-  PointwiseTile<Real> tile(int64_t begin, int count, int64_t end) {
-    PointwiseTile<Real> tile;
-    tile.count = count;
-    prefetch(begin + count, std::min<int64_t>(kTile, end - begin - count));
-    tile.labels = labels_.tile(begin, count);
-    if (soften_) soften(tile);
-    tile.logits = logits(begin, count);
+  PointwiseTile<Real> tile(int64_t begin, int count) {
+    PointwiseTile<Real> tile{tiles_.tile(begin, count)};
+    if (soften_ && tile.labels.kind != TargetKind::kSoft) {
+      Operands<Real>::fill_targets(tile.labels, count, soft_);
+      tile.labels.kind = TargetKind::kSoft;
+      tile.labels.soft = soft_;
+    }
     tile.weight = constants(problem_.weight, begin, count, weight_);
     tile.pos_weight = constants(problem_.pos_weight, begin, count, pos_weight_);
     return tile;
@@ -267,42 +263,10 @@ class PointwiseReader {
   }
 
  private:
-  // Logits, and what is dense beside them, of the next tile.
-  void prefetch(int64_t begin, int64_t count) const {
-    const int64_t size = element_size(problem_.element);
-    prefetch_tile(
-        static_cast<const char*>(problem_.logits) + (row_ * problem_.row_stride + begin) * size,
-        count * size);
-    for (const Labels* labels : {&problem_.target, &problem_.mask}) {
-      if (!is_dense(*labels) || labels->column_stride != 1) continue;
-      const int64_t width = element_size(labels->element);
-      prefetch_tile(
-          static_cast<const char*>(labels->data) + (row_ * labels->row_stride + begin) * width,
-          count * width);
-    }
-  }
-
-  // Smoothed targets are soft, whatever they were given as.
-  void soften(PointwiseTile<Real>& tile) {
-    if (tile.labels.kind == TargetKind::kSoft) return;
-    Operands<Real>::fill_targets(tile.labels, tile.count, soft_);
-    tile.labels.kind = TargetKind::kSoft;
-    tile.labels.soft = soft_;
-  }
-
-  const Real* logits(int64_t begin, int count) {
-    const int64_t offset = row_ * problem_.row_stride + begin;
-    constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
-    if (problem_.element == kOwn) return static_cast<const Real*>(problem_.logits) + offset;
-    load(problem_.logits, problem_.element, offset, 1, count, logits_);
-    return logits_;
-  }
-
   const PointwiseProblem& problem_;
   const bool soften_;
   int64_t row_ = 0;
-  LabelReader<Real> labels_;
-  alignas(64) Real logits_[kTile];
+  TileReader<Real> tiles_;
   alignas(64) Real soft_[kTile];
   alignas(64) Real weight_[kTile];
   alignas(64) Real pos_weight_[kTile];
@@ -373,7 +337,7 @@ void pointwise_forward(PointwiseProblem problem, const Loss& loss, const Forward
         reader.start_row(row, piece.column_begin, piece.column_end);
         for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const PointwiseTile<Real> tile = reader.tile(begin, count, piece.column_end);
+          const PointwiseTile<Real> tile = reader.tile(begin, count);
           Real* out = losses == nullptr ? nullptr : losses + row * problem.columns + begin;
           if (tile.labels.empty && out == nullptr) continue;
           sum.total += forward(loss, tile, out);
@@ -402,7 +366,6 @@ void pointwise_backward(PointwiseProblem problem, const Loss& loss, const Backwa
   prefer_huge_pages(output.grad_input,
                     problem.rows * problem.columns * element_size(problem.element));
   const bool uniform = input.grad_output.row_stride == 0 && input.grad_output.column_stride == 0;
-  constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
   double scale = *input.scale;
   if (uniform) {
     double upstream;
@@ -420,10 +383,11 @@ void pointwise_backward(PointwiseProblem problem, const Loss& loss, const Backwa
         reader.start_row(row, piece.column_begin, piece.column_end);
         for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const PointwiseTile<Real> tile = reader.tile(begin, count, piece.column_end);
+          const PointwiseTile<Real> tile = reader.tile(begin, count);
           const int64_t offset = row * problem.columns + begin;
-          Real* gradients =
-              problem.element == kOwn ? static_cast<Real*>(output.grad_input) + offset : buffer;
+          Real* gradients = problem.element == kElementOf<Real>
+                                ? static_cast<Real*>(output.grad_input) + offset
+                                : buffer;
           backward(loss, tile, static_cast<Real>(scale), gradients);
           if (!uniform) {
             reader.constants(input.grad_output, begin, count, upstream);

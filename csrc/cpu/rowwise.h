@@ -8,21 +8,14 @@
 
 #include "cpu/convert.h"
 #include "cpu/isa.h"
-#include "cpu/labels.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
+#include "cpu/tiles.h"
 #include "cpu/work.h"
 #include "math/multilabel_categorical_crossentropy.h"
 #include "problem.h"
 
 namespace mlloss::cpu {
-
-template <class Real>
-struct RowTile {
-  int count = 0;
-  const Real* logits = nullptr;
-  LabelTile<Real> labels;
-};
 
 // ---- Loops over a tile ----
 
@@ -79,7 +72,7 @@ constexpr int kFewPositives = kTile / 16;
 
 // Hard targets (or none at all: `hard` is nullptr).
 template <bool kMasked, class Real>
-MLLOSS_INLINE RowSums<double> hard_sums(const RowTile<Real>& tile, const uint8_t* hard) {
+MLLOSS_INLINE RowSums<double> hard_sums(const Tile<Real>& tile, const uint8_t* hard) {
   const Real* logits = tile.logits;
   const uint8_t* observed = tile.labels.observed;
   const auto logit = [=](int i) MLLOSS_INLINE_LAMBDA { return logits[i]; };
@@ -117,7 +110,7 @@ MLLOSS_INLINE RowSums<double> hard_sums(const RowTile<Real>& tile, const uint8_t
 
 // Soft targets: factors y and 1 - y.
 template <bool kMasked, class Real>
-MLLOSS_INLINE RowSums<double> soft_sums(const RowTile<Real>& tile) {
+MLLOSS_INLINE RowSums<double> soft_sums(const Tile<Real>& tile) {
   const Real* logits = tile.logits;
   const Real* soft = tile.labels.soft;
   const uint8_t* observed = tile.labels.observed;
@@ -134,7 +127,7 @@ MLLOSS_INLINE RowSums<double> soft_sums(const RowTile<Real>& tile) {
 }
 
 template <class Real>
-MLLOSS_INLINE RowSums<double> sums_of_tile(const RowTile<Real>& tile) {
+MLLOSS_INLINE RowSums<double> sums_of_tile(const Tile<Real>& tile) {
   const bool masked = tile.labels.observed != nullptr;
   if (tile.labels.kind == TargetKind::kSoft) {
     return masked ? soft_sums<true>(tile) : soft_sums<false>(tile);
@@ -145,9 +138,8 @@ MLLOSS_INLINE RowSums<double> sums_of_tile(const RowTile<Real>& tile) {
 
 // gradients[i] = scale * (-y k_p e^(-x - m_p) + (1 - y) k_n e^(x - m_n)), 0 where masked.
 template <class Real>
-MLLOSS_INLINE void gradients_of_tile(const RowTile<Real>& tile,
-                                     const RowStatistics<Real>& statistics, Real scale,
-                                     Real* gradients) {
+MLLOSS_INLINE void gradients_of_tile(const Tile<Real>& tile, const RowStatistics<Real>& statistics,
+                                     Real scale, Real* gradients) {
   const Real positive_factor = -scale * statistics.positive_factor;
   const Real negative_factor = scale * statistics.negative_factor;
   const Real positive_shift = statistics.positive_shift;
@@ -187,55 +179,6 @@ MLLOSS_INLINE void gradients_of_tile(const RowTile<Real>& tile,
 
 // ---- The whole matrix ----
 
-template <class Real>
-class RowReader {
- public:
-  explicit RowReader(const RowwiseProblem& problem) : problem_(problem), labels_(problem, true) {}
-
-  void start_row(int64_t row, int64_t begin, int64_t end) {
-    row_ = row;
-    labels_.start_row(row, begin, end);
-  }
-
-  // The columns [begin, begin + count); what is read of this row ends at `end`.
-  RowTile<Real> tile(int64_t begin, int count, int64_t end) {
-    RowTile<Real> tile;
-    tile.count = count;
-    prefetch(begin + count, std::min<int64_t>(kTile, end - begin - count));
-    tile.labels = labels_.tile(begin, count);
-    const int64_t offset = row_ * problem_.row_stride + begin;
-    constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
-    if (problem_.element == kOwn) {
-      tile.logits = static_cast<const Real*>(problem_.logits) + offset;
-    } else {
-      load(problem_.logits, problem_.element, offset, 1, count, logits_);
-      tile.logits = logits_;
-    }
-    return tile;
-  }
-
- private:
-  // Logits, and what is dense beside them, of the next tile.
-  void prefetch(int64_t begin, int64_t count) const {
-    const int64_t size = element_size(problem_.element);
-    prefetch_tile(
-        static_cast<const char*>(problem_.logits) + (row_ * problem_.row_stride + begin) * size,
-        count * size);
-    for (const Labels* labels : {&problem_.target, &problem_.mask}) {
-      if (!is_dense(*labels) || labels->column_stride != 1) continue;
-      const int64_t width = element_size(labels->element);
-      prefetch_tile(
-          static_cast<const char*>(labels->data) + (row_ * labels->row_stride + begin) * width,
-          count * width);
-    }
-  }
-
-  const RowwiseProblem& problem_;
-  int64_t row_ = 0;
-  LabelReader<Real> labels_;
-  alignas(64) Real logits_[kTile];
-};
-
 // The number of a row, 1 without data.
 inline double value_at(const Strided& array, int64_t row) {
   if (array.data == nullptr) return 1;
@@ -268,7 +211,7 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
                                statistics + row);
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    RowReader<Real> reader(problem);
+    TileReader<Real> reader(problem, true);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
@@ -276,7 +219,7 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
         RowSums<double> sum = RowSums<double>::empty();
         for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const RowTile<Real> tile = reader.tile(begin, count, piece.column_end);
+          const Tile<Real> tile = reader.tile(begin, count);
           if (tile.labels.empty) continue;
           const RowSums<double> part = sums(tile);
           sum.positive = combine(sum.positive, part.positive);
@@ -312,7 +255,6 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
   auto* grad_threshold = static_cast<Real*>(output.grad_threshold);
   prefer_huge_pages(output.grad_input,
                     problem.rows * problem.columns * element_size(problem.element));
-  constexpr Element kOwn = sizeof(Real) == 8 ? Element::kDouble : Element::kFloat;
   const auto scale_of = [&](int64_t row) {
     const double weight = weight_at(problem.weight, row);
     return weight == 0 ? 0.0 : weight * *input.scale * value_at(input.grad_output, row);
@@ -324,7 +266,7 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
     grad_threshold[row] = scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
   }
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    RowReader<Real> reader(problem);
+    TileReader<Real> reader(problem, true);
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
@@ -334,9 +276,10 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
         for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
           const int64_t offset = row * problem.columns + begin;
-          Real* out =
-              problem.element == kOwn ? static_cast<Real*>(output.grad_input) + offset : buffer;
-          const RowTile<Real> tile = reader.tile(begin, count, piece.column_end);
+          Real* out = problem.element == kElementOf<Real>
+                          ? static_cast<Real*>(output.grad_input) + offset
+                          : buffer;
+          const Tile<Real> tile = reader.tile(begin, count);
           if (tile.labels.empty || scale == 0) {
             std::fill_n(out, count, Real(0));
           } else {
