@@ -12,7 +12,8 @@ Warm-up calls come before, so that compilation stays out; garbage collection is 
 parts; gradients are freed outside.
 
 - forward: without gradients, as in evaluation
-- backward: from the loss to the gradient of the logits, within a training call
+- backward: from the loss to the gradient of the logits, within a training call (torch.compile moves
+  work out of it: its forward part of a training call may compute the gradient, up to a factor)
 - both: that training call, forward and backward
 - GB/s: the least bytes that have to be moved (logits, target and mask read once in each pass, the
   gradient written once) over the time; "copy" moves as many bytes

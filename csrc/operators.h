@@ -49,17 +49,28 @@ struct Operators {
     return grad_output.dim() == 1 ? vector(grad_output) : matrix(grad_output);
   }
 
-  static Labels labels(const Tensor& data, const Optional& offsets, const Optional& values,
-                       int64_t format) {
+  // The operators may be called with anything; shapes are checked so far that no access is out of
+  // bounds. Whoever calls the functions in Python gets better messages from there.
+  static Labels labels(const Tensor& input, const Tensor& data, const Optional& offsets,
+                       const Optional& values, int64_t format) {
     Labels result;
     result.format = static_cast<Format>(format);
     result.data = data.data_ptr();
     result.element = Backend::element(data);
     if (result.format == Format::kDense) {
+      Backend::check(
+          data.dim() == 2 && data.size(0) == input.size(0) && data.size(1) == input.size(1),
+          "dense labels must have the shape of input");
       result.row_stride = data.stride(0);
       result.column_stride = data.stride(1);
       return result;
     }
+    Backend::check(data.dim() == 1 && offsets.has_value() &&
+                       offsets->numel() == input.size(0) + 1 &&
+                       Backend::element(*offsets) == result.element,
+                   "sparse labels must have N + 1 offsets of the dtype of their indices");
+    Backend::check(!values.has_value() || values->numel() == data.numel(),
+                   "sparse labels must have as many values as indices");
     // A tensor without elements may have no memory, but nullptr would mean that there is no mask.
     static const int64_t nothing = 0;
     if (result.data == nullptr) result.data = &nothing;
@@ -84,15 +95,18 @@ struct Operators {
 
   static void fill(Problem& problem, const Tensor& input, const LabelArguments& arguments,
                    const Optional& normalizer, int64_t reduction) {
+    Backend::check(input.dim() == 2 && (input.size(1) <= 1 || input.stride(1) == 1),
+                   "input must be [N, C] with unit stride within rows");
     problem.rows = input.size(0);
     problem.columns = input.size(1);
     problem.logits = input.data_ptr();
     problem.element = Backend::element(input);
     problem.row_stride = input.stride(0);
-    problem.target = labels(arguments.target, arguments.target_offsets, arguments.target_values,
-                            arguments.target_format);
+    problem.target = labels(input, arguments.target, arguments.target_offsets,
+                            arguments.target_values, arguments.target_format);
     if (arguments.mask.has_value()) {
-      problem.mask = labels(*arguments.mask, arguments.mask_offsets, {}, arguments.mask_format);
+      problem.mask =
+          labels(input, *arguments.mask, arguments.mask_offsets, {}, arguments.mask_format);
     }
     problem.has_ignored = arguments.ignore_index.has_value();
     problem.ignored = rounded(arguments.ignore_index.value_or(0), problem.target.element);

@@ -11,6 +11,8 @@ namespace mlloss {
 struct TorchTensors {
   using Tensor = torch::stable::Tensor;
 
+  static void check(bool holds, const char* what) { STD_TORCH_CHECK(holds, "mlloss_cuda: ", what); }
+
   static Element element(const Tensor& tensor) {
     using torch::headeronly::ScalarType;
     switch (tensor.scalar_type()) {

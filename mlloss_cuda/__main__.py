@@ -1,6 +1,6 @@
 """`python -m mlloss_cuda` prints what was built and what is usable here."""
 
-from mlloss_cuda.build_information import build_info
+from mlloss_cuda.build_information import build_info, fallback_reason
 
 
 def main() -> None:
@@ -14,6 +14,8 @@ def main() -> None:
             shown = " ".join(value) or "none"
         else:
             shown = "-" if value is None else str(value)
+        if name == "cuda_usable" and not value:
+            shown += f" ({fallback_reason('cuda')})"
         print(f"{name:{width}}  {shown}")
 
 

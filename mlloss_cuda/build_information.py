@@ -51,8 +51,8 @@ def _native() -> tuple[dict[str, Any] | None, str | None]:
     Loading also registers its operators, once, however often it is loaded and by whom.
     """
     if not NATIVE_LIBRARY.is_file():
-        return None, _recorded().get(
-            "reason", "the native part has not been built: run `make build`"
+        return None, _recorded().get("reason") or (
+            "the native part has not been built: run `make build`"
         )
     try:
         information: dict[str, Any] = importlib.import_module("mlloss_cuda._C").build_info()
@@ -96,6 +96,33 @@ def fallback_reason(device_type: str = "cpu") -> str | None:
         return f"torch {torch.__version__} is a build without CUDA"
     if not information["cuda_stream_symbol"]:
         return f"torch {torch.__version__} does not export aoti_torch_get_current_cuda_stream"
+    return None
+
+
+def gpu_problem(index: int) -> str | None:
+    """Say why the kernels cannot run on a GPU, or None if they can.
+
+    Args:
+        index: of the CUDA device. The CUDA driver is initialised by asking.
+    """
+    information, _ = _native()
+    if information is None or not information["cuda_archs"]:
+        return "built without CUDA"
+    capability = torch.cuda.get_device_capability(index)
+    oldest = min(int(arch.removesuffix("+PTX")) for arch in information["cuda_archs"])
+    if capability[0] * 10 + capability[1] < oldest:
+        return (
+            f"GPU {index} has compute capability {capability[0]}.{capability[1]}, the kernels are "
+            f"built for {oldest // 10}.{oldest % 10} and later (MLLOSS_CUDA_ARCHS chooses)"
+        )
+    # The CUDA runtime inside the library needs a driver of its own major version or a later one.
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    toolkit = int(information["nvcc"].split(".")[0])
+    if driver // 1000 < toolkit:
+        return (
+            f"the driver serves CUDA {driver // 1000}.{driver % 1000 // 10}, "
+            f"the kernels are built with CUDA {information['nvcc']}"
+        )
     return None
 
 

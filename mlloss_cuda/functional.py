@@ -15,6 +15,7 @@ from .targets import (
     Labels,
     SparseLabels,
     broadcast_to_input,
+    check_strided,
     contents_may_be_checked,
     normalize_mask,
     normalize_target,
@@ -79,7 +80,7 @@ def sigmoid_cross_entropy(
     >>> labels = mlloss_cuda.SparseLabels.from_lists([[0, 2], [1]])
     >>> observed = torch.tensor([[1, 1, 1], [0, 1, 1]], dtype=torch.bool)
     >>> round(mlloss_cuda.sigmoid_cross_entropy(logits, labels, mask=observed).item(), 6)
-    0.242661
+    0.242769
     """
     _check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
@@ -90,8 +91,8 @@ def sigmoid_cross_entropy(
     ignore_index = _ignored_value(ignore_index)
     normalizer = _normalizer(normalizer, reduction, input)
     logits = _logits(input)
-    compute = ops.sigmoid_cross_entropy if ops.is_native(input) else _reference_pointwise
-    loss = compute(
+    native = _is_native(logits, target_labels, mask_labels)
+    loss = (ops if native else reference).sigmoid_cross_entropy(
         logits,
         target_labels,
         mask_labels,
@@ -157,9 +158,8 @@ def multilabel_categorical_crossentropy(
     ignore_index = _ignored_value(ignore_index)
     normalizer = _normalizer(normalizer, reduction, input)
     logits = _logits(input)
-    native = ops.is_native(input)
-    compute = ops.multilabel_categorical_crossentropy if native else _reference_rowwise
-    loss = compute(
+    native = _is_native(logits, target_labels, mask_labels)
+    loss = (ops if native else reference).multilabel_categorical_crossentropy(
         logits,
         target_labels,
         mask_labels,
@@ -175,52 +175,12 @@ def multilabel_categorical_crossentropy(
 zlpr_loss = multilabel_categorical_crossentropy
 
 
-def _reference_pointwise(
-    logits: Tensor,
-    target: Labels,
-    mask: Labels | None,
-    weight: Tensor | None,
-    pos_weight: Tensor | None,
-    normalizer: Tensor | None,
-    label_smoothing: float,
-    ignore_index: float | None,
-    reduction: str,
-) -> Tensor:
-    ops.check_contents(target, mask, logits)
-    return reference.sigmoid_cross_entropy(
-        logits,
-        target,
-        mask=mask,
-        weight=weight,
-        pos_weight=pos_weight,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        normalizer=normalizer,
-    )
-
-
-def _reference_rowwise(
-    logits: Tensor,
-    target: Labels,
-    mask: Labels | None,
-    threshold: Tensor,
-    weight: Tensor | None,
-    normalizer: Tensor | None,
-    ignore_index: float | None,
-    reduction: str,
-) -> Tensor:
-    ops.check_contents(target, mask, logits)
-    return reference.multilabel_categorical_crossentropy(
-        logits,
-        target,
-        threshold=threshold,
-        mask=mask,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        normalizer=normalizer,
-    )
+def _is_native(logits: Tensor, target: Labels, mask: Labels | None) -> bool:
+    """Whether native kernels serve; the reference, unlike them, relies on checked label ids."""
+    native = ops.is_native(logits)
+    if not native:
+        ops.check_contents(target, mask, logits)
+    return native
 
 
 def _check_input(input: Tensor) -> None:
@@ -231,8 +191,7 @@ def _check_input(input: Tensor) -> None:
             f"input must have one of the dtypes float32, bfloat16, float16, float64, "
             f"got {input.dtype}"
         )
-    if input.layout != torch.strided:
-        raise TypeError(f"input must be a dense (strided) tensor, got layout {input.layout}")
+    check_strided(input, "input")
     if input.dim() == 0:
         raise ValueError("input must have shape [..., C], got a 0-d tensor")
 
@@ -282,6 +241,7 @@ def _constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor 
         return torch.full(
             (), float(value), dtype=reference.compute_dtype(input), device=input.device
         )
+    check_strided(value, name)
     if value.dtype not in TARGET_DTYPES:
         raise TypeError(f"{name} must be floating point, integer or bool, got {value.dtype}")
     if value.device != input.device:
@@ -331,6 +291,7 @@ def _threshold(threshold: Tensor | float, input: Tensor) -> Tensor:
         if not -math.inf < threshold < math.inf:
             raise ValueError(f"threshold must be finite, got {threshold}")
         threshold = torch.full((), float(threshold), dtype=dtype, device=input.device)
+    check_strided(threshold, "threshold")
     if threshold.dtype not in FLOATING_DTYPES:
         raise TypeError(f"threshold must be floating point, got {threshold.dtype}")
     if threshold.device != input.device:
@@ -358,6 +319,7 @@ def _normalizer(normalizer: Tensor | float | None, reduction: str, input: Tensor
         if not 0 <= normalizer < math.inf:
             raise ValueError(f"normalizer must be finite and not negative, got {normalizer}")
         return torch.full((), float(normalizer), dtype=torch.float64, device=input.device)
+    check_strided(normalizer, "normalizer")
     if normalizer.dtype not in TARGET_DTYPES or normalizer.dtype == torch.bool:
         raise TypeError(f"normalizer must be floating point or integer, got {normalizer.dtype}")
     if normalizer.dim() != 0:
@@ -368,4 +330,6 @@ def _normalizer(normalizer: Tensor | float | None, reduction: str, input: Tensor
         )
     if normalizer.requires_grad:
         raise ValueError("normalizer must not require grad; it is a constant (detach it)")
+    if contents_may_be_checked(normalizer) and not 0 <= normalizer.item() < math.inf:
+        raise ValueError(f"normalizer must be finite and not negative, got {normalizer.item()}")
     return normalizer.to(torch.float64)

@@ -7,8 +7,8 @@
 - ``<loss>`` and ``<loss>_backward`` are functional, with autograd, and are what ``torch.compile``
   and ``torch.export`` see.
 
-Eager calls go through a ``torch.autograd.Function`` straight to the kernels, which costs less than
-an operator with a registered autograd formula (see ``bench/``).
+Eager calls go through a ``torch.autograd.Function`` straight to the kernels, which leaves out a
+layer of dispatch.
 """
 
 from __future__ import annotations
@@ -37,17 +37,21 @@ _NORMALIZER_CODE = 6
 
 # Per device type, the namespace that holds the `_out` kernels.
 _kernels: dict[str, Any] = {}
+# Per GPU, whether they run on it.
+_served_gpus: dict[int, bool] = {}
 _warned: set[str] = set()
 
 
 def is_native(input: Tensor) -> bool:
     """Whether native kernels serve the device of `input`; warns once where they do not."""
     device_type = input.device.type
-    if device_type in _kernels:
+    if device_type in _kernels and (device_type != "cuda" or _gpu_is_served(input.device.index)):
         return True
     if device_type not in _warned and not torch.compiler.is_compiling():
         _warned.add(device_type)
         reason = build_information.fallback_reason(device_type)
+        if device_type == "cuda" and reason is None:
+            reason = build_information.gpu_problem(input.device.index)
         if reason is not None:
             warnings.warn(
                 f"mlloss_cuda: the PyTorch reference, which is slower and builds [N, C] "
@@ -56,6 +60,14 @@ def is_native(input: Tensor) -> bool:
                 stacklevel=3,
             )
     return False
+
+
+@torch.compiler.assume_constant_result
+def _gpu_is_served(index: int) -> bool:
+    """Whether the kernels run on this GPU under this driver."""
+    if index not in _served_gpus:
+        _served_gpus[index] = build_information.gpu_problem(index) is None
+    return _served_gpus[index]
 
 
 def check_contents(target: Labels, mask: Labels | None, logits: Tensor) -> None:
@@ -142,6 +154,10 @@ class _Loss:
             "differentiated (create_graph=True)"
         )
 
+    def no_forward_mode(self) -> RuntimeError:
+        """Return the error for an attempt at forward-mode differentiation."""
+        return RuntimeError(f"mlloss_cuda.{self.name} has no forward-mode derivative")
+
     def __call__(
         self, input: Tensor, arguments: tuple[Any, ...], *, differentiable: bool
     ) -> Tensor:
@@ -167,7 +183,7 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(f"mlloss_cuda.{ctx.loss.name} has no forward-mode derivative")
+        raise ctx.loss.no_forward_mode()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -200,6 +216,11 @@ def _register(loss: _Loss) -> None:
     """Give the functional operators of `loss` their kernels, fakes and autograd formulas."""
     name = f"mlloss_cuda::{loss.name}"
 
+    def forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        if _forward_mode_is_on():
+            raise loss.no_forward_mode()
+        return loss.forward(input, *arguments)
+
     def backward(grad_output: Tensor, *saved: Any) -> Any:
         gradients = loss.backward(grad_output, saved)
         return gradients if loss.rowwise else gradients[0]
@@ -229,7 +250,7 @@ def _register(loss: _Loss) -> None:
         raise loss.no_second_derivative()
 
     for device in ("CPU", "CUDA"):
-        _library.impl(loss.name, loss.forward, device)
+        _library.impl(loss.name, forward, device)
         _library.impl(f"{loss.name}_backward", backward, device)
     torch.library.register_fake(name, fake_forward, lib=_library)
     torch.library.register_fake(f"{name}_backward", fake_backward, lib=_library)

@@ -1,8 +1,8 @@
 """The losses in plain PyTorch: specification, fallback where nothing native serves, and oracle.
 
-Every function takes checked arguments (``functional.py`` checks them), works in fp32 (fp64 for fp64
-input) and builds dense temporaries of shape ``[N, C]``; the native kernels compute the same numbers
-without them. Called with fp64 tensors these functions are what all kernels are tested against.
+The losses take the same checked arguments as those of ``ops.py``. They work in fp32 (fp64 for fp64
+input) and build dense temporaries of shape ``[N, C]``; the native kernels compute the same numbers
+without them.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def reduce_loss(
     # Sums in fp64, as the kernels do.
     total = loss.sum(dtype=torch.float64)
     if normalizer is not None:
-        denominator = normalizer.to(torch.float64)
+        valid = (normalizer >= 0) & (normalizer < math.inf)
+        denominator = torch.where(valid, normalizer.to(torch.float64), math.nan)
     elif reduction == "sum":
         return total.to(loss.dtype)
     elif reduction == "batchmean":
@@ -145,14 +146,13 @@ def reduce_loss(
 def sigmoid_cross_entropy(
     input: Tensor,
     target: Labels,
-    *,
     mask: Labels | None,
     weight: Tensor | None,
     pos_weight: Tensor | None,
+    normalizer: Tensor | None,
     label_smoothing: float,
     ignore_index: float | None,
     reduction: str,
-    normalizer: Tensor | None,
 ) -> Tensor:
     """L = pos_weight y softplus(-x) + (1 - y) softplus(x), selected by the mask, then reduced."""
     dtype, num_labels = compute_dtype(input), input.shape[1]
@@ -183,13 +183,12 @@ def sigmoid_cross_entropy(
 def multilabel_categorical_crossentropy(
     input: Tensor,
     target: Labels,
-    *,
-    threshold: Tensor,
     mask: Labels | None,
+    threshold: Tensor,
     weight: Tensor | None,
+    normalizer: Tensor | None,
     ignore_index: float | None,
     reduction: str,
-    normalizer: Tensor | None,
 ) -> Tensor:
     """L = log(e^-s0 + sum y e^-x) + log(e^s0 + sum (1 - y) e^x), both sums over unmasked labels.
 

@@ -8,6 +8,7 @@ the only form that the layers below know.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ class SparseLabels(NamedTuple):
         Args:
             lists: N sequences of ids.
             dtype: dtype of ``indices`` and ``offsets``, int32 or int64.
-            device: where the tensors shall live; the CPU by default.
+            device: where the tensors shall live; torch's default device if None.
 
         Raises:
             TypeError: ``dtype`` is not int32 or int64, or ``lists`` does not hold sequences of
@@ -85,11 +86,16 @@ class SparseLabels(NamedTuple):
                 )
             flat.extend(row)
             boundaries.append(len(flat))
-        indices = torch.tensor(flat) if flat else torch.zeros(0, dtype=torch.int64)
+        try:
+            indices = torch.tensor(flat) if flat else torch.zeros(0, dtype=torch.int64)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(f"lists must hold integer label ids: {error}") from error
         if indices.dtype not in INDEX_DTYPES:
             raise TypeError(f"lists must hold integer label ids, got numbers of {indices.dtype}")
-        if dtype == torch.int32 and flat and max(flat) > torch.iinfo(torch.int32).max:
-            raise ValueError(f"lists holds the id {max(flat)}, which does not fit torch.int32")
+        limits = torch.iinfo(dtype)
+        for extreme in (min(flat), max(flat)) if flat else ():
+            if not limits.min <= extreme <= limits.max:
+                raise ValueError(f"lists holds the id {extreme}, which does not fit {dtype}")
         offsets = torch.tensor(boundaries, dtype=torch.int64)
         return cls(indices.to(device, dtype), offsets.to(device, dtype))
 
@@ -114,9 +120,7 @@ class SparseLabels(NamedTuple):
         if index.dim() == 0:
             raise ValueError("index must have shape [..., K], got a 0-d tensor")
         width = index.shape[-1]
-        rows = 1
-        for size in index.shape[:-1]:
-            rows *= size
+        rows = math.prod(index.shape[:-1])
         if padding_index >= 0:
             index = torch.where(index == padding_index, -1, index)
         fits = rows * width <= torch.iinfo(index.dtype).max
@@ -221,10 +225,10 @@ _debug_checks = False
 def debug_checks(enabled: bool) -> None:
     """Switch thorough checks of argument *contents* on or off (off by default).
 
-    Indices out of range, negative weights and targets outside [0, 1] raise on the CPU in any case
-    where looking is cheap. On a GPU, looking needs a synchronisation, so there they give NaN in the
-    rows or elements concerned. With ``debug_checks(True)`` they raise ``ValueError`` at once, on
-    every device, and so do dense targets outside [0, 1].
+    On the CPU, indices out of range, negative weights and soft targets of ``SparseLabels`` outside
+    [0, 1] raise in any case; dense targets outside [0, 1] give NaN. On a GPU, looking needs a
+    synchronisation, so there all of these give NaN in the rows or elements concerned. With
+    ``debug_checks(True)`` all of them raise ``ValueError`` at once, on every device.
     """
     global _debug_checks
     _debug_checks = bool(enabled)
@@ -237,7 +241,8 @@ def debug_checks_enabled() -> bool:
 
 def contents_may_be_checked(tensor: Tensor) -> bool:
     """Whether looking at the values of `tensor` is allowed: no synchronisation, no tracing."""
-    if torch.compiler.is_compiling():
+    # Subclasses may hold no data (FakeTensor) or only a part of it (DTensor).
+    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     return tensor.device.type == "cpu" or (_debug_checks and tensor.device.type != "meta")
 
@@ -310,9 +315,7 @@ def _normalize_sparse(labels: SparseLabels, input: Tensor, name: str) -> Labels:
                 f"{name}.{part} must be on the device of input, {input.device}, "
                 f"got {present.device}"
             )
-    rows = 1
-    for size in input.shape[:-1]:
-        rows *= size
+    rows = math.prod(input.shape[:-1])
     if offsets.shape[0] != rows + 1:
         raise ValueError(
             f"{name}.offsets must have {rows + 1} elements for an input of shape "
@@ -329,7 +332,25 @@ def _normalize_sparse(labels: SparseLabels, input: Tensor, name: str) -> Labels:
     )
 
 
+def check_strided(tensor: Tensor, name: str) -> None:
+    """Raise ``TypeError`` for layouts other than the ordinary one."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}")
+
+
+def _labels_from_csr(matrix: Tensor, input: Tensor, name: str) -> SparseLabels:
+    shape = (math.prod(input.shape[:-1]), input.shape[-1])
+    if matrix.shape != shape:
+        raise ValueError(
+            f"{name} must have the shape of input, {list(shape)}, got {list(matrix.shape)}"
+        )
+    if matrix.requires_grad:
+        raise ValueError(f"{name} must not require grad; it is a constant (detach it)")
+    return SparseLabels.from_csr(matrix)
+
+
 def _check_dense(labels: Tensor, input: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    check_strided(labels, name)
     if labels.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} must have one of the dtypes {names}, got {labels.dtype}")
@@ -345,9 +366,7 @@ def rows_and_labels(tensor: Tensor) -> Tensor:
     """View (or, where strides forbid it, copy) ``[..., C]`` as ``[N, C]``."""
     if tensor.dim() == 2:
         return tensor
-    rows = 1
-    for size in tensor.shape[:-1]:
-        rows *= size
+    rows = math.prod(tensor.shape[:-1])
     return tensor.reshape(rows, tensor.shape[-1])
 
 
@@ -362,7 +381,7 @@ def normalize_target(
             (where they may be looked at), or `ignore_index` with a sparse target.
     """
     if isinstance(target, Tensor) and target.layout == torch.sparse_csr:
-        target = SparseLabels.from_csr(target)
+        target = _labels_from_csr(target, input, "target")
     if isinstance(target, SparseLabels):
         if ignore_index is not None:
             raise ValueError("ignore_index needs a dense target; give mask= with SparseLabels")
@@ -396,8 +415,11 @@ def normalize_mask(mask: Tensor | SparseLabels | None, input: Tensor) -> Labels 
     if mask is None:
         return None
     if isinstance(mask, Tensor) and mask.layout == torch.sparse_csr:
-        values = mask.values()
-        mask = SparseLabels(torch.where(values != 0, mask.col_indices(), -1), mask.crow_indices())
+        labels = _labels_from_csr(mask, input, "mask")
+        indices = labels.indices
+        if labels.values is not None:
+            indices = torch.where(labels.values != 0, indices, -1)
+        mask = SparseLabels(indices, labels.offsets)
     if isinstance(mask, SparseLabels):
         if mask.values is not None:
             raise ValueError(
@@ -411,10 +433,10 @@ def normalize_mask(mask: Tensor | SparseLabels | None, input: Tensor) -> Labels 
 
 
 def broadcast_to_input(tensor: Tensor, input: Tensor, name: str) -> Tensor:
-    """Expand `tensor` to the shape of `input` without a copy and view it as ``[N, C]``.
+    """Expand `tensor` to the shape of `input` and view it as ``[N, C]``, without copying elements.
 
-    Only where `input` has more than two dimensions and the expanded strides allow no such view, a
-    copy is made.
+    The exception is a tensor of shape ``[B, 1, C]`` or the like for an input of more than two
+    dimensions: it varies over labels and over some of the other dimensions only.
     """
     if tensor.shape != input.shape:
         if tensor.dim() > input.dim() or any(
@@ -425,6 +447,10 @@ def broadcast_to_input(tensor: Tensor, input: Tensor, name: str) -> Tensor:
                 f"{name} must broadcast to the shape of input, {list(input.shape)}, "
                 f"got {list(tensor.shape)}"
             )
+        if tensor.dim() == 0 or tensor.shape[-1] == 1:
+            # One number per row: at most N of them are copied.
+            rows = tensor.expand(*input.shape[:-1], 1).reshape(-1, 1)
+            return rows.expand(-1, input.shape[-1])
         tensor = tensor.expand(input.shape)
     return rows_and_labels(tensor)
 
@@ -432,6 +458,6 @@ def broadcast_to_input(tensor: Tensor, input: Tensor, name: str) -> Tensor:
 def _check_unit_interval(values: Tensor, name: str, ignore_index: float | None) -> None:
     bad = ~((values >= 0) & (values <= 1))
     if ignore_index is not None:
-        bad &= values.isnan() if ignore_index != ignore_index else values != ignore_index
+        bad &= ~values.isnan() if ignore_index != ignore_index else values != ignore_index
     if bool(bad.any()):
         raise ValueError(f"{name} must lie in [0, 1], got {values[bad][0].item()}")

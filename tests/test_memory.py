@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import re
 import sys
@@ -35,6 +36,7 @@ def sparse(seed: int, rows: int = ROWS, columns: int = COLUMNS) -> SparseLabels:
     return SparseLabels.from_padded(torch.randint(-3, columns, (rows, 5), generator=generator))
 
 
+@functools.cache
 def calls(loss: str) -> dict[str, tuple[Any, dict[str, Any]]]:
     hard = draw(ROWS, COLUMNS, seed=1) < 0.01
     result: dict[str, tuple[Any, dict[str, Any]]] = {

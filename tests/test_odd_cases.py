@@ -434,6 +434,49 @@ def test_expanded_target_and_mask(backend: Backend, loss: str) -> None:
         check(backend, loss, x, y, target=y.float(), mask=observed, observed=observed)
 
 
+# ---- Conversions ---------------------------------------------------------------------------------
+
+half_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"]
+)
+
+
+@half_dtypes
+@both_losses
+def test_every_half_number_is_read_right(backend: Backend, loss: str, dtype: torch.dtype) -> None:
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    x = x.view(64, 1024)
+    y = torch.arange(x.numel()).view(x.shape) % 3 == 0
+    halves = run(backend, loss, x, y, reduction="none")
+    floats = run(backend, loss, x.float(), y, reduction="none")
+    # Rows are summed in the order of vectors, which hold more halves than floats.
+    loss_error, gradient_error = (0, 0) if loss == POINTWISE else (2e-6, 2**-7)
+    torch.testing.assert_close(halves[0], floats[0], rtol=loss_error, atol=0, equal_nan=True)
+    gradient = floats[1].to(dtype)
+    torch.testing.assert_close(halves[1], gradient, rtol=gradient_error, atol=0, equal_nan=True)
+
+
+@half_dtypes
+def test_gradient_is_rounded_to_nearest_even(backend: Backend, dtype: torch.dtype) -> None:
+    """At x = 0 it is half the weight: all magnitudes, ties, numbers beside them, overflow."""
+    halves = torch.arange(2**15 - 1, dtype=torch.int16).view(dtype).double()
+    halves = halves[halves < (65504 if dtype == torch.float16 else 1e38)]
+    gaps = halves.diff()
+    between = [halves[:-1] + part * gaps for part in (0, 0.25, 0.5, 0.5 + 2**-8, 0.75)]
+    wanted = torch.cat([*between, torch.tensor([65504.0, 65519.0, 65520.0, 7e4])])[None]
+    wanted = wanted[:, (wanted[0] == 0) | (wanted[0] > 1e-37)]
+    wanted = wanted.float()
+    for sign, target in ((1, torch.zeros(1)), (-1, torch.ones(1))):
+        _, gradient = run(
+            *(backend, POINTWISE, torch.zeros(wanted.shape, dtype=dtype)),
+            target.expand(wanted.shape).contiguous(),
+            weight=wanted * 2,
+            upstream=torch.tensor(1.0),
+            reduction="sum",
+        )
+        assert torch.equal(gradient, (sign * wanted).to(dtype))
+
+
 # ---- Labels --------------------------------------------------------------------------------------
 
 

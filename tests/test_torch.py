@@ -452,6 +452,8 @@ for loss in (sigmoid_cross_entropy, zlpr_loss):
     loss(parallel(features[own]), SparseLabels.from_lists(labels[own])).backward()
     torch.testing.assert_close(model.weight.grad, expected)
     model.zero_grad()
+del parallel
+distributed.barrier()
 distributed.destroy_process_group()
 """
 
@@ -473,7 +475,7 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], outputs
+    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(outputs)
 
 
 # ---- CUDA ----------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("tqdm", reason="mlloss_cuda.xmc needs tqdm")
 
-from mlloss_cuda.xmc import DataError, GeneratorSettings, generate, write_dataset
+from mlloss_cuda.xmc import DataError, GeneratorSettings, cli, generate, write_dataset
 from mlloss_cuda.xmc.cli import main
 from mlloss_cuda.xmc.loss_timing import LossTiming, time_losses
 from mlloss_cuda.xmc.report import SCORES, format_table
@@ -135,15 +135,27 @@ def test_malformed_file_as_a_process(folder, tmp_path):
     [
         (["--train", "missing.txt"], "missing.txt: No such file or directory"),
         (["--train", "."], "Is a directory"),
-        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--epochs", "0"], "epochs must be in [1, 2^31)"),
+        (["--hidden", "100000000000"], "hidden must be in [1, 2^31)"),
+        (["--batch-size", "1" + "0" * 30], "batch_size must be in [1, 2^31)"),
         (["--dropout", "2"], "dropout must be in [0, 1)"),
         (["--lr", "-1"], "learning_rate must be above 0"),
-        (["--device", "abacus"], "--device"),
+        (["--lr", "inf"], "learning_rate must be above 0 and finite, got inf"),
+        (["--device", "abacus"], "--device abacus: Expected one of cpu, cuda"),
+        (["--device", "meta"], "--device meta: "),
+        (["--device", "vulkan"], "--device vulkan: Could not run"),
+        (["--device", "hpu"], "--device hpu: "),
+        (["--device", "mtia"], "--device mtia: "),
         (["--threads", "0"], "--threads must be at least 1"),
-        (["--report", "."], "--report .: expected a file, found a directory"),
+        (["--report", "."], ".: cannot be written: Is a directory"),
+        (["--report", "/dev/null"], "/dev/null: cannot be written: Not a regular file"),
+        (["--report", "/dev/null/r.json"], "/dev/null/r.json: cannot be written: Not a directory"),
+        (["--report", "/proc/r.json"], "/proc/r.json: cannot be written: "),
+        (["--report", "r" * 300], "cannot be written: File name too long"),
     ],
 )
-def test_wrong_arguments(folder, capsys, changes, message):
+def test_wrong_arguments(folder, capsys, monkeypatch, changes, message):
+    monkeypatch.setattr(cli, "fit", lambda *_, **__: pytest.fail("this came to training"))
     assert main(["train", *files(folder), *QUICK, "--quiet", *changes]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -167,6 +179,60 @@ def test_arguments_that_do_not_parse(arguments, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
+def test_sizes_that_memory_does_not_hold(tmp_path):
+    data = tmp_path / "wide.txt"
+    data.write_text("3 1000000 2\n0 1:1\n1 2:1\n0 3:1\n")
+    # 8 PB: more than addresses of 47 bits reach, so that nothing is really allocated.
+    done = run("train", "--train", data, "--test", data, "--quiet", "--hidden", 2**31 - 1)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "error: out of memory, try smaller sizes: " in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (MemoryError(), "MemoryError"),
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to"), "CUDA out of memory. Tried to"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED"), "CUBLAS_STATUS_ALLOC_FAILED"),
+        (RuntimeError("Storage size calculation overflowed with"), "Storage size calculation"),
+    ],
+)
+def test_memory_that_runs_out(folder, capsys, monkeypatch, error, detail):
+    def fit(*_, **__):
+        raise error
+
+    monkeypatch.setattr(cli, "fit", fit)
+    assert main(["train", *files(folder), *QUICK]) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"error: out of memory, try smaller sizes: {detail}" in message
+
+
+def test_other_failures_keep_their_traceback(folder, monkeypatch):
+    def fit(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "fit", fit)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["train", *files(folder), *QUICK])
+
+
+def test_no_rows_to_test_on(folder, tmp_path, capsys):
+    empty = tmp_path / "empty_test.txt"
+    empty.write_text("0 200 50\n")
+    train = files(folder)[:2]
+    for arguments, message in (
+        (["--test", str(empty)], f"--test {empty}: no rows to test on"),
+        (["--validation", "0.001"], "--validation 0.001 holds out none of the 300 rows of "),
+    ):
+        assert main(["train", *train, *arguments, *QUICK, "--quiet"]) == 2
+        output = capsys.readouterr()
+        assert output.err.count("\n") == 1
+        assert message in output.err
+        assert output.out == ""
+
+
 @pytest.mark.parametrize("share", ["0", "1", "nan"])
 def test_validation_share_is_checked(folder, capsys, share):
     assert main(["train", *files(folder)[:2], "--validation", share]) == 2
@@ -182,6 +248,22 @@ def test_generate(tmp_path, capsys):
         assert file.readline() == "20 10000 30\n"
     with open(test) as file:
         assert file.readline() == "5 10000 30\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--num-labels", 10**13, "num_labels must be in [1, 2^31)"),
+        ("--background-words", 10**13, "background_words must be in [0, 2^31)"),
+        ("--labels-per-row", "inf", "labels_per_row must be at least 1 and finite"),
+        ("--labels-per-row", "nan", "labels_per_row must be at least 1 and finite"),
+    ],
+)
+def test_generate_checks_its_arguments(tmp_path, capsys, option, value, message):
+    assert main(["generate", "--output", str(tmp_path), option, str(value)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
 
 
 def test_demo_on_given_data(folder, tmp_path, capsys, monkeypatch):
@@ -209,10 +291,22 @@ def test_demo_on_given_data(folder, tmp_path, capsys, monkeypatch):
 
 def test_demo_needs_one_file_of_each_kind(folder, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
-    assert main(["demo", "--data", str(tmp_path)]) == 2
+    output = ["--output", str(tmp_path / "output")]
+    assert main(["demo", "--data", str(tmp_path), *output]) == 2
     assert "expected one file *_train.txt, found none" in capsys.readouterr().err
-    assert main(["demo", "--data", str(tmp_path / "missing")]) == 2
+    assert main(["demo", "--data", str(tmp_path / "missing"), *output]) == 2
     assert "is not a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["demo.png", "report.json"])
+def test_demo_finds_out_first_what_it_cannot_write(folder, tmp_path, capsys, monkeypatch, name):
+    pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
+    from mlloss_cuda.xmc import demo
+
+    monkeypatch.setattr(demo, "fit", lambda *_, **__: pytest.fail("this came to training"))
+    (tmp_path / name).mkdir()
+    assert main(["demo", "--data", str(folder), "--output", str(tmp_path), *QUICK]) == 2
+    assert f"{tmp_path / name}: cannot be written: Is a directory" in capsys.readouterr().err
 
 
 def test_timing_without_a_compiler(monkeypatch):

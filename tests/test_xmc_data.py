@@ -1,7 +1,9 @@
 """Reading data files: what is accepted, and what every kind of malformed file is told."""
 
+import bz2
 import contextlib
 import gzip
+import lzma
 from itertools import chain
 
 import numpy as np
@@ -16,6 +18,7 @@ from mlloss_cuda.xmc.data import (
     DataError,
     Dataset,
     atomic_file,
+    check_writable,
     read_dataset,
     read_pair,
     write_dataset,
@@ -200,7 +203,14 @@ MALFORMED = {
     "carriage return inside": ("1 5 3\n0 0:1\r1 0:1\n", 2, "expected a finite number"),
     "zero byte": (b"1 5 3\n0 0:1 \x001:1\n", 2, "expected a feature id"),
     "letters beyond ASCII": ("1 5 3\n0 0:1 \uff11:1\n", 2, "expected a feature id"),
-    "compressed file": (gzip.compress(b"1 5 3\n0 0:1\n", mtime=0), 1, "expected a header"),
+    "gzip file": (
+        gzip.compress(b"1 5 3\n0 0:1\n", mtime=0),
+        1,
+        "a file packed with gzip; unpack it",
+    ),
+    "bzip2 file": (bz2.compress(b"1 5 3\n0 0:1\n"), 1, "a file packed with bzip2; unpack it"),
+    "xz file": (lzma.compress(b"1 5 3\n0 0:1\n"), 1, "a file packed with xz; unpack it"),
+    "zip file": (b"PK\x03\x04\x14\0\0\0\x08\0train.txt:", 1, "a file packed with zip; unpack it"),
     "binary file": (bytes(range(255, 0, -1)), 1, "expected"),
     "headerless label that is a word": ("0 1:1\nx 1:1\n", 2, "expected a label id"),
     "headerless id beyond all bounds": ("0 1:1\n0 2147483647:1\n", 2, "larger ids are not taken"),
@@ -350,3 +360,21 @@ def test_atomic_file_keeps_the_old_one_after_a_failure(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_check_writable_leaves_only_directories(tmp_path):
+    path = tmp_path / "deep" / "file.json"
+    check_writable(path)
+    assert path.parent.is_dir()
+    path.write_text("old")
+    check_writable(path)
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["file/r.json", "file/deeper/r.json"])
+def test_check_writable_names_the_path_that_was_given(tmp_path, name):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(OSError, match="cannot be written: Not a directory") as caught:
+        check_writable(tmp_path / name)
+    assert caught.value.filename == str(tmp_path / name)

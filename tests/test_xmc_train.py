@@ -208,6 +208,9 @@ class TestTraining:
             fit(dataset([[1], [2]], [[0], [1]]), QUICK, progress=False)
         with pytest.raises(ValueError, match="at least one row with a label"):
             fit(dataset([[1], [2], [3]], [[], [], []]), QUICK, progress=False)
+        data = dataset([[1], [2], [3]], [[0], [1], [2]])
+        with pytest.raises(ValueError, match="evaluation needs at least one row"):
+            fit(data, QUICK, evaluate_on=data.take(np.zeros(0, np.int64)), progress=False)
 
     def test_divergence_is_reported(self, tiny):
         settings = Settings(epochs=3, hidden=8, learning_rate=1e30)
@@ -222,11 +225,13 @@ class TestTraining:
         ("features", "magic"),
         ("epochs", 0),
         ("hidden", 0),
+        ("hidden", 2**31),
         ("batch_size", -1),
         ("dropout", 1.0),
         ("feature_dropout", -0.1),
         ("learning_rate", 0.0),
         ("learning_rate", float("nan")),
+        ("learning_rate", float("inf")),
         ("seed", -1),
     ],
 )

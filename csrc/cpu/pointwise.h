@@ -10,6 +10,7 @@
 #include "cpu/memory.h"
 #include "cpu/tiles.h"
 #include "cpu/work.h"
+#include "math/reduction.h"
 #include "math/scalar.h"
 #include "problem.h"
 
@@ -297,13 +298,9 @@ double counted(const PointwiseTile<Real>& tile, Reduction reduction) {
 
 // Divides: writes the 0-d loss and the factor of the gradient.
 inline void finish_sum(const Problem& problem, PartialSum sum, const ForwardOutput& output) {
-  double denominator = sum.denominator;
-  if (problem.reduction == Reduction::kSum || problem.reduction == Reduction::kNone)
-    denominator = 1;
-  if (problem.reduction == Reduction::kBatchMean) denominator = static_cast<double>(problem.batch);
-  if (problem.reduction == Reduction::kNormalizer) denominator = *problem.normalizer;
-  const double scale = denominator == 0 ? 0 : 1 / denominator;
-  *output.scale = scale;
+  const double denominator =
+      denominator_of(problem.reduction, sum.denominator, problem.batch, problem.normalizer);
+  *output.scale = scale_of(denominator);
   if (problem.reduction == Reduction::kNone) return;
   const double loss = denominator == 0 ? 0 : sum.total / denominator;
   if (problem.element == Element::kDouble) {

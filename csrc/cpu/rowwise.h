@@ -10,9 +10,11 @@
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
+#include "cpu/pointwise.h"
 #include "cpu/tiles.h"
 #include "cpu/work.h"
 #include "math/multilabel_categorical_crossentropy.h"
+#include "math/reduction.h"
 #include "problem.h"
 
 namespace mlloss::cpu {
@@ -193,10 +195,22 @@ inline double weight_at(const Strided& weight, int64_t row) {
   return value < 0 ? kNaN<double> : value;
 }
 
-// Adds up row losses: weighs them, reduces them, writes loss and scale.
+// Weighs and reduces the losses of the rows.
 template <class Real>
 void reduce_rows(const RowwiseProblem& problem, const std::vector<double>& losses,
-                 const ForwardOutput& output);
+                 const ForwardOutput& output) {
+  PartialSum sum;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    const double weight = weight_at(problem.weight, row);
+    const double loss = weight == 0 ? 0.0 : weight * losses[row];
+    if (problem.reduction == Reduction::kNone) {
+      static_cast<Real*>(output.loss)[row] = static_cast<Real>(loss);
+    }
+    sum.total += loss;
+    sum.denominator += counted_row(problem.reduction, weight);
+  }
+  finish_sum(problem, sum, output);
+}
 
 // Loss: the row loss, with static finish(); `sums` wraps sums_of_tile.
 template <class Loss, class Real, class Sums>
@@ -255,16 +269,10 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
   auto* grad_threshold = static_cast<Real*>(output.grad_threshold);
   prefer_huge_pages(output.grad_input,
                     problem.rows * problem.columns * element_size(problem.element));
-  const auto scale_of = [&](int64_t row) {
+  const auto gradient_scale = [&](int64_t row) {
     const double weight = weight_at(problem.weight, row);
     return weight == 0 ? 0.0 : weight * *input.scale * value_at(input.grad_output, row);
   };
-  for (int64_t row = 0; row < problem.rows; ++row) {
-    const double scale = scale_of(row);
-    const Real threshold = static_cast<Real>(value_at(problem.threshold, row));
-    const Real derivative = Loss::threshold_gradient(statistics[row], threshold);
-    grad_threshold[row] = scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
-  }
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     TileReader<Real> reader(problem, true);
     alignas(64) Real buffer[kTile];
@@ -272,7 +280,12 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
         reader.start_row(row, piece.column_begin, piece.column_end);
-        const double scale = scale_of(row);
+        const double scale = gradient_scale(row);
+        if (piece.column_begin == 0) {
+          const Real threshold = static_cast<Real>(value_at(problem.threshold, row));
+          const Real derivative = Loss::threshold_gradient(statistics[row], threshold);
+          grad_threshold[row] = scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
+        }
         for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
           const int64_t offset = row * problem.columns + begin;
@@ -290,30 +303,6 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
       }
     }
   });
-}
-
-template <class Real>
-void reduce_rows(const RowwiseProblem& problem, const std::vector<double>& losses,
-                 const ForwardOutput& output) {
-  auto* out = static_cast<Real*>(output.loss);
-  double total = 0, weights = 0, nonzero = 0;
-  for (int64_t row = 0; row < problem.rows; ++row) {
-    const double weight = weight_at(problem.weight, row);
-    const double loss = weight == 0 ? 0.0 : weight * losses[row];
-    if (problem.reduction == Reduction::kNone) out[row] = static_cast<Real>(loss);
-    total += loss;
-    weights += weight;
-    nonzero += weight != 0;
-  }
-  double denominator = static_cast<double>(problem.rows);
-  if (problem.reduction == Reduction::kNone || problem.reduction == Reduction::kSum)
-    denominator = 1;
-  if (problem.reduction == Reduction::kMeanNonzero) denominator = nonzero;
-  if (problem.reduction == Reduction::kWeightedMean) denominator = weights;
-  if (problem.reduction == Reduction::kNormalizer) denominator = *problem.normalizer;
-  *output.scale = denominator == 0 ? 0 : 1 / denominator;
-  if (problem.reduction == Reduction::kNone) return;
-  *out = static_cast<Real>(denominator == 0 ? 0 : total / denominator);
 }
 
 }  // namespace mlloss::cpu

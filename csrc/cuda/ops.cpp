@@ -35,7 +35,7 @@ class CudaContext {
   cudaStream_t stream_ = nullptr;
 };
 
-void check(cudaError_t error) {
+void check_cuda(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "mlloss_cuda: CUDA error: ", cudaGetErrorString(error));
 }
 
@@ -49,16 +49,16 @@ struct CudaBackend : TorchTensors {
                                             double label_smoothing, const ForwardOutput& output) {
     const CudaContext context(input);
     const Tensor scratch = workspace(input, cuda::sigmoid_cross_entropy_workspace(problem));
-    check(cuda::sigmoid_cross_entropy_forward(problem, label_smoothing, output, scratch.data_ptr(),
-                                              context.stream()));
+    check_cuda(cuda::sigmoid_cross_entropy_forward(problem, label_smoothing, output,
+                                                   scratch.data_ptr(), context.stream()));
   }
 
   static void sigmoid_cross_entropy_backward(const Tensor& tensor, const PointwiseProblem& problem,
                                              double label_smoothing, const BackwardInput& input,
                                              const BackwardOutput& output) {
     const CudaContext context(tensor);
-    check(cuda::sigmoid_cross_entropy_backward(problem, label_smoothing, input, output,
-                                               context.stream()));
+    check_cuda(cuda::sigmoid_cross_entropy_backward(problem, label_smoothing, input, output,
+                                                    context.stream()));
   }
 
   static void multilabel_categorical_crossentropy_forward(const Tensor& input,
@@ -67,8 +67,8 @@ struct CudaBackend : TorchTensors {
     const CudaContext context(input);
     const Tensor scratch =
         workspace(input, cuda::multilabel_categorical_crossentropy_workspace(problem));
-    check(cuda::multilabel_categorical_crossentropy_forward(problem, output, scratch.data_ptr(),
-                                                            context.stream()));
+    check_cuda(cuda::multilabel_categorical_crossentropy_forward(
+        problem, output, scratch.data_ptr(), context.stream()));
   }
 
   static void multilabel_categorical_crossentropy_backward(const Tensor& tensor,
@@ -76,8 +76,8 @@ struct CudaBackend : TorchTensors {
                                                            const BackwardInput& input,
                                                            const BackwardOutput& output) {
     const CudaContext context(tensor);
-    check(cuda::multilabel_categorical_crossentropy_backward(problem, input, output,
-                                                             context.stream()));
+    check_cuda(cuda::multilabel_categorical_crossentropy_backward(problem, input, output,
+                                                                  context.stream()));
   }
 };
 

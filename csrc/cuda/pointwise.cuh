@@ -15,21 +15,11 @@
 
 namespace mlloss::cuda {
 
-struct PartialSum {
-  double total;        // sum of mask * weight * L
-  double denominator;  // what the reduction divides by, as far as it has to be counted
-};
-
 // What a kernel is specialised for. The first four have no weights and reduce; kGeneral does all.
 enum class Mode { kHard, kHardMasked, kSoft, kSoftMasked, kGeneral };
 
 constexpr bool is_soft(Mode mode) { return mode != Mode::kHard && mode != Mode::kHardMasked; }
 constexpr bool is_masked(Mode mode) { return mode != Mode::kHard && mode != Mode::kSoft; }
-
-// Blocks of a forward pass. Fixed, since every block has a partial sum: enough to fill any GPU.
-constexpr int64_t kForwardBlocks = 2048;
-// Blocks of a pass without partial sums; more units are looped over.
-constexpr int64_t kMaxBlocks = 65536;
 
 // The constants of a vector: mask * weight (0 where masked, NaN where negative) and pos_weight.
 template <class Real, int kCount>
@@ -136,32 +126,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   total = block_sum(total, warps);
   denominator = block_sum(denominator, warps);
   if (threadIdx.x == 0) partial[blockIdx.x] = {total, denominator};
-}
-
-// Adds up the partial sums in order and divides: one block.
-template <class Real>
-__global__ void __launch_bounds__(kThreads)
-    pointwise_finish(const Reduction reduction, const int64_t batch,
-                     const double* __restrict__ normalizer,      // 0-d
-                     const PartialSum* __restrict__ partial,     // [blocks]
-                     const int blocks, Real* __restrict__ loss,  // 0-d
-                     double* __restrict__ scale) {               // 0-d
-  MLLOSS_SHARED_ARRAY(double, warps, kWarps);
-  double total = 0, denominator = 0;
-  for (int i = threadIdx.x; i < blocks; i += kThreads) {
-    total += partial[i].total;
-    denominator += partial[i].denominator;
-  }
-  total = block_sum(total, warps);
-  denominator = block_sum(denominator, warps);
-  if (threadIdx.x != 0) return;
-  if (reduction == Reduction::kSum || reduction == Reduction::kNone) denominator = 1;
-  if (reduction == Reduction::kBatchMean) denominator = static_cast<double>(batch);
-  if (reduction == Reduction::kNormalizer) denominator = *normalizer;
-  *scale = denominator == 0 ? 0 : 1 / denominator;
-  if (reduction != Reduction::kNone) {
-    *loss = static_cast<Real>(denominator == 0 ? 0 : total / denominator);
-  }
 }
 
 template <class Loss, class Scalar, Mode kMode>
@@ -284,13 +248,8 @@ cudaError_t dispatch_mode(Mode mode, const Run& run) {
   return run(ModeConstant<Mode::kGeneral>{});
 }
 
-inline dim3 grid_of(int64_t units, int64_t most) {
-  const int64_t blocks = units < most ? units : most;
-  return dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1));
-}
-
 // Bytes of scratch memory that a forward pass needs.
-constexpr int64_t kPointwiseWorkspace = kForwardBlocks * sizeof(PartialSum);
+constexpr int64_t kPointwiseWorkspace = kReductionBlocks * sizeof(PartialSum);
 
 template <class Loss, class Scalar>
 cudaError_t launch_pointwise_forward(PointwiseProblem problem, const Loss& loss,
@@ -299,7 +258,7 @@ cudaError_t launch_pointwise_forward(PointwiseProblem problem, const Loss& loss,
   using Real = typename Loss::Real;
   flatten(problem, nullptr);
   const Units units = units_of(problem);
-  const dim3 grid = grid_of(units.count, kForwardBlocks);
+  const dim3 grid = grid_of(units.count, kReductionBlocks);
   auto* partial = static_cast<PartialSum*>(workspace);
   const bool per_element = problem.reduction == Reduction::kNone;
   auto* losses = per_element ? static_cast<Real*>(output.loss) : nullptr;
@@ -311,9 +270,7 @@ cudaError_t launch_pointwise_forward(PointwiseProblem problem, const Loss& loss,
   const cudaError_t error =
       dispatch_mode<Scalar>(mode_of(problem, loss.keeps_hard_targets(), per_element), run);
   if (error != cudaSuccess) return error;
-  return MLLOSS_LAUNCH((pointwise_finish<Real>), dim3(1), dim3(kThreads), stream, problem.reduction,
-                       problem.batch, problem.normalizer, partial, static_cast<int>(grid.x),
-                       static_cast<Real*>(output.loss), output.scale);
+  return launch_finish<Real>(problem, partial, grid, output, stream);
 }
 
 template <class Loss, class Scalar>

@@ -58,17 +58,6 @@ __host__ __device__ __forceinline__ float exp2_approx(float exponent) {
 #endif
 }
 
-// log2(value); absolute error 2^-22 for value in [0.5, 2], relative error 2^-22 elsewhere.
-__host__ __device__ __forceinline__ float log2_approx(float value) {
-#ifdef __CUDA_ARCH__
-  float result;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
-  return result;
-#else
-  return flush_subnormal(log2f(flush_subnormal(value)));
-#endif
-}
-
 // 1 / value; relative error 2^-23, and 0 for |value| > 2^126.
 __host__ __device__ __forceinline__ float rcp_approx(float value) {
 #ifdef __CUDA_ARCH__

@@ -7,7 +7,6 @@
 #pragma once
 #include <cstdint>
 
-#include "cuda/pointwise.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/tiles.cuh"
 #include "cuda/vector.cuh"
@@ -111,14 +110,17 @@ __device__ __forceinline__ double row_threshold(const RowwiseProblem& problem, i
   return load_one<double>(threshold.data, threshold.element, row * threshold.row_stride);
 }
 
-// One thread per row: combines its segments in order, and takes the loss from the sums.
+// One thread per row: combines its segments in order, takes the loss from the sums, and adds it to
+// the partial sum of the block.
 template <class Loss, class Real>
 __global__ void __launch_bounds__(kThreads)
     rowwise_finish(const RowwiseProblem problem, const Units units,
                    const RowSums<Real>* __restrict__ sums,        // [N, segments]
                    RowStatistics<Real>* __restrict__ statistics,  // [N]
-                   double* __restrict__ weighted,                 // [N]
-                   Real* __restrict__ losses) {                   // [N] or nullptr
+                   Real* __restrict__ losses,                     // [N] or nullptr
+                   PartialSum* __restrict__ partial) {            // [gridDim.x]
+  MLLOSS_SHARED_ARRAY(double, warps, kWarps);
+  double total = 0, counted = 0;
   for (int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x; row < problem.rows;
        row += int64_t(gridDim.x) * kThreads) {
     RowSums<double> sum = RowSums<double>::empty();
@@ -132,38 +134,14 @@ __global__ void __launch_bounds__(kThreads)
     const double loss =
         Loss::finish(sum.positive, sum.negative, row_threshold(problem, row), statistics + row);
     const double weight = row_weight<double>(problem, row);
-    weighted[row] = weight == 0 ? 0 : weight * loss;
-    if (losses != nullptr) losses[row] = static_cast<Real>(weighted[row]);
-  }
-}
-
-// Adds up the weighted losses of the rows in order and divides: one block.
-template <class Real>
-__global__ void __launch_bounds__(kThreads)
-    rowwise_reduce(const RowwiseProblem problem, const double* __restrict__ weighted,  // [N]
-                   Real* __restrict__ loss,                                            // 0-d
-                   double* __restrict__ scale) {                                       // 0-d
-  MLLOSS_SHARED_ARRAY(double, warps, kWarps);
-  const Reduction reduction = problem.reduction;
-  double total = 0, counted = 0;
-  for (int64_t row = threadIdx.x; row < problem.rows; row += kThreads) {
-    total += weighted[row];
-    if (reduction == Reduction::kMeanNonzero) counted += row_weight<double>(problem, row) != 0;
-    if (reduction == Reduction::kWeightedMean) counted += row_weight<double>(problem, row);
+    const double weighted = weight == 0 ? 0 : weight * loss;
+    if (losses != nullptr) losses[row] = static_cast<Real>(weighted);
+    total += weighted;
+    counted += counted_row(problem.reduction, weight);
   }
   total = block_sum(total, warps);
   counted = block_sum(counted, warps);
-  if (threadIdx.x != 0) return;
-  double denominator = static_cast<double>(problem.rows);
-  if (reduction == Reduction::kSum || reduction == Reduction::kNone) denominator = 1;
-  if (reduction == Reduction::kMeanNonzero || reduction == Reduction::kWeightedMean) {
-    denominator = counted;
-  }
-  if (reduction == Reduction::kNormalizer) denominator = *problem.normalizer;
-  *scale = denominator == 0 ? 0 : 1 / denominator;
-  if (reduction != Reduction::kNone) {
-    *loss = static_cast<Real>(denominator == 0 ? 0 : total / denominator);
-  }
+  if (threadIdx.x == 0) partial[blockIdx.x] = {total, counted};
 }
 
 template <class Loss, class Scalar, bool kSoft>
@@ -235,41 +213,42 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // ---- Launching ----
 
-// Bytes of scratch memory that a forward pass needs: sums per segment, losses per row.
+// Bytes of scratch memory that a forward pass needs: partial sums, sums of segments.
 inline int64_t rowwise_workspace(const RowwiseProblem& problem) {
-  const int64_t size =
-      problem.element == Element::kDouble ? sizeof(RowSums<double>) : sizeof(RowSums<float>);
-  return problem.rows * static_cast<int64_t>(sizeof(double)) + units_of(problem).count * size;
+  const bool is_double = problem.element == Element::kDouble;
+  const int64_t size = is_double ? sizeof(RowSums<double>) : sizeof(RowSums<float>);
+  return kReductionBlocks * static_cast<int64_t>(sizeof(PartialSum)) +
+         units_of(problem).count * size;
 }
+
+// fp64 has the kernel for soft targets only: it is there for checks.
+template <class Scalar>
+constexpr bool kHasHardKernel = sizeof(Scalar) < 8;
 
 template <class Loss, class Scalar>
 cudaError_t launch_rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
                                    void* workspace, cudaStream_t stream) {
   using Real = typename Arithmetic<Scalar>::Real;
   const Units units = units_of(problem);
-  auto* weighted = static_cast<double*>(workspace);                        // [N]
-  auto* sums = reinterpret_cast<RowSums<Real>*>(weighted + problem.rows);  // [N, segments]
-  auto* statistics = static_cast<RowStatistics<Real>*>(output.statistics);
-  auto* loss = static_cast<Real*>(output.loss);
-  const bool per_row = problem.reduction == Reduction::kNone;
-  if (problem.rows > 0) {
-    const dim3 grid = grid_of(units.count, kMaxBlocks);
-    cudaError_t error;
-    if (sizeof(Scalar) == 8 || needs_soft(problem)) {
-      error = MLLOSS_LAUNCH((rowwise_sums<Scalar, true>), grid, dim3(kThreads), stream, problem,
-                            units, sums);
-    } else {
-      error = MLLOSS_LAUNCH((rowwise_sums<Scalar, sizeof(Scalar) == 8>), grid, dim3(kThreads),
-                            stream, problem, units, sums);
-    }
-    if (error != cudaSuccess) return error;
-    const dim3 row_grid = grid_of((problem.rows + kThreads - 1) / kThreads, kMaxBlocks);
-    error = MLLOSS_LAUNCH((rowwise_finish<Loss, Real>), row_grid, dim3(kThreads), stream, problem,
-                          units, sums, statistics, weighted, per_row ? loss : nullptr);
-    if (error != cudaSuccess) return error;
+  auto* partial = static_cast<PartialSum*>(workspace);                        // [row_grid]
+  auto* sums = reinterpret_cast<RowSums<Real>*>(partial + kReductionBlocks);  // [N, segments]
+  const dim3 grid = grid_of(units.count, kMaxBlocks);
+  cudaError_t error;
+  if (!kHasHardKernel<Scalar> || needs_soft(problem)) {
+    error = MLLOSS_LAUNCH((rowwise_sums<Scalar, true>), grid, dim3(kThreads), stream, problem,
+                          units, sums);
+  } else {
+    error = MLLOSS_LAUNCH((rowwise_sums<Scalar, !kHasHardKernel<Scalar>>), grid, dim3(kThreads),
+                          stream, problem, units, sums);
   }
-  return MLLOSS_LAUNCH((rowwise_reduce<Real>), dim3(1), dim3(kThreads), stream, problem, weighted,
-                       loss, output.scale);
+  if (error != cudaSuccess) return error;
+  const dim3 row_grid = grid_of((problem.rows + kThreads - 1) / kThreads, kReductionBlocks);
+  const bool per_row = problem.reduction == Reduction::kNone;
+  error = MLLOSS_LAUNCH((rowwise_finish<Loss, Real>), row_grid, dim3(kThreads), stream, problem,
+                        units, sums, static_cast<RowStatistics<Real>*>(output.statistics),
+                        per_row ? static_cast<Real*>(output.loss) : nullptr, partial);
+  if (error != cudaSuccess) return error;
+  return launch_finish<Real>(problem, partial, row_grid, output, stream);
 }
 
 template <class Loss, class Scalar>
@@ -281,12 +260,12 @@ cudaError_t launch_rowwise_backward(const RowwiseProblem& problem, const Backwar
   const dim3 grid = grid_of(units.count, kMaxBlocks);
   auto* grad_input = static_cast<Scalar*>(output.grad_input);
   auto* grad_threshold = static_cast<Real*>(output.grad_threshold);
-  if (sizeof(Scalar) == 8 || needs_soft(problem)) {
+  if (!kHasHardKernel<Scalar> || needs_soft(problem)) {
     return MLLOSS_LAUNCH((rowwise_backward<Loss, Scalar, true>), grid, dim3(kThreads), stream,
                          problem, units, input, grad_input, grad_threshold);
   }
-  return MLLOSS_LAUNCH((rowwise_backward<Loss, Scalar, sizeof(Scalar) == 8>), grid, dim3(kThreads),
-                       stream, problem, units, input, grad_input, grad_threshold);
+  return MLLOSS_LAUNCH((rowwise_backward<Loss, Scalar, !kHasHardKernel<Scalar>>), grid,
+                       dim3(kThreads), stream, problem, units, input, grad_input, grad_threshold);
 }
 
 }  // namespace mlloss::cuda

@@ -1,7 +1,7 @@
 // How a block walks over a matrix, and how it gets the targets and masks of what it sees.
 //
-// Rows are split into segments of kTilesPerSegment tiles; a segment of a row is the unit of work of
-// a block. The split depends on the shape alone, so results do not depend on the GPU.
+// Rows are split into segments of some tiles; a segment of a row is the unit of work of a block.
+// The split depends on the shape alone, so results do not depend on the GPU.
 #pragma once
 #include <cstdint>
 
@@ -14,20 +14,39 @@ namespace mlloss::cuda {
 constexpr int kThreads = 256;
 constexpr int kPerThread = 16;  // elements of a tile that a thread handles
 constexpr int kTileWidth = kThreads * kPerThread;
-constexpr int kTilesPerSegment = 16;
+// A segment is long enough to make its reduction cheap where there is plenty of work, shorter where
+// there is not, so that all multiprocessors get some, and long enough that a row has few of them.
+constexpr int kMaxTilesPerSegment = 16;
+constexpr int64_t kWantedUnits = 4096;
+constexpr int64_t kMaxSegmentsPerRow = 64;
 // Asking for no more than this leaves every thread up to 128 registers, so that nothing is spilled.
 constexpr int kBlocksPerMultiprocessor = 2;
-constexpr int64_t kSegmentWidth = int64_t(kTileWidth) * kTilesPerSegment;
 
 struct Units {
+  int64_t width;    // positions in a segment
   int64_t per_row;  // segments of a row
   int64_t count;
 };
 
-// A row may begin up to 7 elements (kWidth - 1) behind a 16-byte boundary.
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline Units units_of(const Problem& problem) {
-  const int64_t per_row = (problem.columns + 7 + kSegmentWidth - 1) / kSegmentWidth;
-  return {per_row, problem.rows * per_row};
+  const int64_t size = problem.element == Element::kDouble  ? 8
+                       : problem.element == Element::kFloat ? 4
+                                                            : 2;
+  // Rows that do not all begin at a 16-byte boundary are up to a vector, less one element, longer.
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(problem.logits) % 16 == 0 && problem.row_stride * size % 16 == 0;
+  const int64_t positions = problem.columns + (aligned ? 0 : 16 / size - 1);
+  const int64_t tiles = divide_up(positions, kTileWidth);
+  const int64_t least = divide_up(tiles, kMaxSegmentsPerRow);
+  int64_t per_segment = problem.rows * tiles / kWantedUnits;
+  if (per_segment > kMaxTilesPerSegment) per_segment = kMaxTilesPerSegment;
+  if (per_segment < least) per_segment = least;
+  if (per_segment < 1) per_segment = 1;
+  const int64_t width = per_segment * kTileWidth;
+  const int64_t per_row = positions > width ? divide_up(positions, width) : 1;
+  return {width, per_row, problem.rows * per_row};
 }
 
 // The positions of one unit: a segment of a row.
@@ -42,9 +61,9 @@ struct Segment {
     row = unit / units.per_row;
     logits = static_cast<const Scalar*>(problem.logits) + row * problem.row_stride;
     shift = static_cast<int>(reinterpret_cast<uintptr_t>(logits) / sizeof(Scalar) % kWidth<Scalar>);
-    begin = unit % units.per_row * kSegmentWidth;
+    begin = unit % units.per_row * units.width;
     const int64_t row_end = problem.columns + shift;
-    end = begin + kSegmentWidth < row_end ? begin + kSegmentWidth : row_end;
+    end = begin + units.width < row_end ? begin + units.width : row_end;
   }
 };
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from mlloss_cuda import __version__
-from mlloss_cuda.xmc.data import DataError, Dataset, read_dataset, read_pair
+from mlloss_cuda.xmc.data import DataError, Dataset, check_writable, read_dataset, read_pair
 from mlloss_cuda.xmc.features import TREATMENTS
 from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
 from mlloss_cuda.xmc.report import make_report, score_table, write_report
@@ -23,11 +23,23 @@ WRONG_INPUT = 2  # exit status, the one argparse uses
 INTERRUPTED = 130  # exit status, the one shells use for Ctrl-C
 DEFAULT = " (default: %(default)s)"  # at the end of an option's help
 
+# What torch says, in a RuntimeError like any other, when memory of the CPU or of a CUDA library
+# runs out, and when a size in bytes does not even fit 64 bits.
+NO_MEMORY = (
+    "allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "ALLOC_FAILED",
+    "size calculation overflow",
+)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    0: done. 2: wrong arguments or data, with one line on stderr that says what is wrong.
+    0: done. 2: wrong arguments or data, or sizes that memory does not hold, with one line on
+    stderr that says what is wrong.
     """
     parser = _parser()
     options = parser.parse_args(arguments)
@@ -35,12 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
     except (DataError, OSError, ValueError, FloatingPointError, ModuleNotFoundError) as error:
         # A ValueError or OSError is about what the user gave: settings, files, sizes.
-        print(f"{parser.prog}: error: {_one_line(error)}", file=sys.stderr)
-        return WRONG_INPUT
+        reason = _one_line(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = f"out of memory, try smaller sizes: {_one_line(error) or type(error).__name__}"
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    return 0
+    else:
+        return 0
+    print(f"{parser.prog}: error: {reason}", file=sys.stderr)
+    return WRONG_INPUT
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):  # of NumPy, of a GPU
+        return True
+    return any(phrase in str(error) for phrase in NO_MEMORY)
 
 
 def _one_line(error: BaseException) -> str:
@@ -51,11 +75,13 @@ def _one_line(error: BaseException) -> str:
 
 def _train(options: argparse.Namespace) -> None:
     settings = _settings(options)
-    if options.report is not None and options.report.is_dir():
-        raise ValueError(f"--report {options.report}: expected a file, found a directory")
+    if options.report is not None:
+        check_writable(options.report)  # not only after all the training
     start = time.perf_counter()
     if options.test is not None:
         train, test = read_pair(options.train, options.test)
+        if test.num_rows == 0:
+            raise ValueError(f"--test {options.test}: no rows to test on")
     else:
         train, test = _hold_out(read_dataset(options.train), options.validation, options.seed)
     seconds = time.perf_counter() - start
@@ -76,6 +102,11 @@ def _hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Datas
         raise ValueError(f"--validation must be between 0 and 1, got {share}")
     order = np.random.default_rng(seed).permutation(dataset.num_rows)
     held_out = round(share * dataset.num_rows)
+    if held_out == 0:
+        raise ValueError(
+            f"--validation {share} holds out none of the {dataset.num_rows:,} rows of "
+            f"{dataset.path}: no rows to test on"
+        )
     return dataset.take(np.sort(order[held_out:])), dataset.take(np.sort(order[:held_out]))
 
 
@@ -99,12 +130,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         if options.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        raise ValueError(f"--device: {error}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: no usable GPU")
+    _check_device(options.device)
     return Settings(
         **{
             field.name: getattr(options, field.name)
@@ -112,6 +138,19 @@ def _settings(options: argparse.Namespace) -> Settings:
             if hasattr(options, field.name)
         }
     )
+
+
+def _check_device(name: str) -> None:
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: no usable GPU")
+        # Torch knows many devices that this build of it, or this machine, does not have; some hold
+        # no numbers at all (meta). What it raises depends on the device.
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"--device {name}: {reason}") from error
 
 
 def _fields(settings: type) -> tuple[dataclasses.Field[object], ...]:

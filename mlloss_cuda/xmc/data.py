@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import os
 import re
@@ -37,9 +38,19 @@ FloatArray = npt.NDArray[np.float32]
 LARGEST_ID = 2**31 - 2
 """Ids and sizes stay below 2^31, so that every count fits the int32 indices of other tools."""
 
+SIZE_LIMIT = 2**31
+"""Sizes that a user chooses stay below this too: arithmetic on them then fits int64."""
+
 _VALUE_LIMIT = float(2**128 - 2**103)  # from here on, numbers round to infinity in float32
 _BLOCK_BYTES = 1 << 22  # the block parser's arrays take about 30 times this
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_COMPRESSED = {  # how such files start; text with rows or a header cannot
+    b"\x1f\x8b": "gzip",
+    b"PK": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
 _HEADER = re.compile(rb"[ \t]*([0-9]+)[ \t]+([0-9]+)[ \t]+([0-9]+)[ \t]*")
 _INTEGER = re.compile(rb"[0-9]+")
 _NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -212,13 +223,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Directories are made if missing. After a failure, what was at `path` is still there.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays, because writers such as matplotlib choose the format by it.
-    descriptor, name = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
-    )
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _temporary_beside(path)
     try:
         yield temporary
         mask = os.umask(0)
@@ -227,6 +232,42 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Find out before the work whether `atomic_file` can write its result to `path`.
+
+    Directories are made if missing; what is at `path` is not touched.
+
+    Raises:
+        OSError: it cannot; names `path` and the reason.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if path.exists() and not path.is_file():  # /dev/null would be replaced by a file
+            raise OSError(errno.EINVAL, "Not a regular file")
+        _temporary_beside(path).unlink()
+    except OSError as error:
+        # The error itself may name a directory above, or the temporary file.
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+
+
+def _temporary_beside(path: Path) -> Path:
+    """A new empty file in the directory of `path`, which is made if missing."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(
+            errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path.parent)
+        ) from error
+    # The suffix stays, because writers such as matplotlib choose the format by it.
+    descriptor, name = tempfile.mkstemp(
+        dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+    )
+    os.close(descriptor)
+    return Path(name)
 
 
 @dataclasses.dataclass
@@ -243,6 +284,9 @@ class _Rows:
 def _read_raw(path: str | os.PathLike[str]) -> Dataset:
     path = os.fspath(path)
     content = Path(path).read_bytes()
+    for start, method in _COMPRESSED.items():
+        if content.startswith(start):
+            raise DataError(path, 1, f"expected text, found a file packed with {method}; unpack it")
     if content.startswith(_BYTE_ORDER_MARK):
         content = content[len(_BYTE_ORDER_MARK) :]
     if b"\r" in content:

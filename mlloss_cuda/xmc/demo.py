@@ -6,7 +6,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from mlloss_cuda.xmc.data import read_pair
+from mlloss_cuda.xmc.data import check_writable, read_pair
 from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
 from mlloss_cuda.xmc.loss_timing import METHODS, LossTiming, time_losses
 from mlloss_cuda.xmc.picture import draw_picture
@@ -17,6 +17,8 @@ from mlloss_cuda.xmc.report import (
     write_report,
 )
 from mlloss_cuda.xmc.trainer import LOSSES, Settings, fit
+
+RESULTS = ("demo.png", "report.json")
 
 
 def run_demo(data: Path | None, output: Path, settings: Settings, *, progress: bool = True) -> None:
@@ -31,7 +33,10 @@ def run_demo(data: Path | None, output: Path, settings: Settings, *, progress: b
     Raises:
         FileNotFoundError, ValueError: `data` does not hold one file of each kind.
         DataError: a file is malformed.
+        OSError: the results cannot be written; found out before training.
     """
+    for name in RESULTS:
+        check_writable(output / name)
     if data is None:
         print("generating a power-law data set with planted structure", flush=True)
         train_path, test_path = write_generated(output / "data", GeneratorSettings())
@@ -65,11 +70,12 @@ def run_demo(data: Path | None, output: Path, settings: Settings, *, progress: b
         max(1, round(len(train.label_ids) / train.num_rows)),
         device=settings.device,
     )
+    picture_path, report_path = (output / name for name in RESULTS)
     write_report(
-        output / "report.json",
+        report_path,
         {"runs": reports, "loss_milliseconds": dataclasses.asdict(timing)},
     )
-    draw_picture(output / "demo.png", f"{title}: {sizes}", reports, timing)
+    draw_picture(picture_path, f"{title}: {sizes}", reports, timing)
 
     print()
     print(score_table(reports))
@@ -78,8 +84,8 @@ def run_demo(data: Path | None, output: Path, settings: Settings, *, progress: b
     if timing.note is not None:
         print(timing.note)
     print()
-    for name in ("demo.png", "report.json"):
-        print(f"wrote {output / name}")
+    for path in (picture_path, report_path):
+        print(f"wrote {path}")
 
 
 def _one(directory: Path, pattern: str) -> Path:

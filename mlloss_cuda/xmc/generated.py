@@ -9,11 +9,12 @@ carry no information. The best possible P@1 is thus below 100 %, as in real data
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
 
-from mlloss_cuda.xmc.data import Dataset, IntArray, write_dataset
+from mlloss_cuda.xmc.data import SIZE_LIMIT, Dataset, IntArray, write_dataset
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,14 @@ class GeneratorSettings:
 
     def __post_init__(self) -> None:
         for name in ("train_rows", "test_rows", "num_features", "num_labels", "words_per_label"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.labels_per_row < 1:
-            raise ValueError(f"labels_per_row must be at least 1, got {self.labels_per_row}")
-        if self.background_words < 0:
-            raise ValueError(f"background_words must not be negative, got {self.background_words}")
+            if not 1 <= getattr(self, name) < SIZE_LIMIT:
+                raise ValueError(f"{name} must be in [1, 2^31), got {getattr(self, name)}")
+        if not 1 <= self.labels_per_row < math.inf:
+            raise ValueError(
+                f"labels_per_row must be at least 1 and finite, got {self.labels_per_row}"
+            )
+        if not 0 <= self.background_words < SIZE_LIMIT:
+            raise ValueError(f"background_words must be in [0, 2^31), got {self.background_words}")
 
 
 LABEL_EXPONENT = 0.9  # the label of rank r has a frequency of about r^-0.9

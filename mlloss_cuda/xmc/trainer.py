@@ -19,7 +19,7 @@ from mlloss_cuda import (
     sigmoid_cross_entropy,
 )
 from mlloss_cuda.metrics import PrecisionAtK, PropensityScoredPrecisionAtK, inverse_propensity
-from mlloss_cuda.xmc.data import Dataset, IntArray, gather_rows
+from mlloss_cuda.xmc.data import SIZE_LIMIT, Dataset, IntArray, gather_rows
 from mlloss_cuda.xmc.features import TREATMENTS, FeatureTransform
 from mlloss_cuda.xmc.model import SparseMLP
 
@@ -55,13 +55,13 @@ class Settings:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name in ("epochs", "hidden", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < SIZE_LIMIT:
+                raise ValueError(f"{name} must be in [1, 2^31), got {getattr(self, name)}")
         for name in ("dropout", "feature_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
 
@@ -122,17 +122,20 @@ def fit(
     Args:
         train: the training rows, at least 3 and with at least one label.
         settings: see `Settings`.
-        evaluate_on: rows to compute P@k and PSP@k on after every epoch, for learning curves.
+        evaluate_on: rows to compute P@k and PSP@k on after every epoch, for learning curves; at
+            least one.
         progress: show a progress bar on stderr.
 
     Raises:
-        ValueError: too little training data, or a feature treatment that does not fit the data.
+        ValueError: too little data, or a feature treatment that does not fit the data.
         FloatingPointError: the loss is no longer finite.
     """
     if train.num_rows < 3:
         raise ValueError(f"training needs at least 3 rows, got {train.num_rows}")
     if len(train.label_ids) == 0:
         raise ValueError("training needs at least one row with a label, got none")
+    if evaluate_on is not None and evaluate_on.num_rows == 0:
+        raise ValueError("evaluation needs at least one row, got none")
     device = torch.device(settings.device)
     torch.manual_seed(settings.seed)
     shuffle = np.random.default_rng(settings.seed)

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -55,6 +56,10 @@ class TensorView {
 
 struct EmulatedBackend {
   using Tensor = TensorView;
+
+  static void check(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(what);
+  }
 
   static Element element(const Tensor& tensor) { return tensor.element(); }
 

@@ -1,0 +1,152 @@
+"""What must raise, or give NaN, rather than be silently wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from mlloss_cuda import (
+    SparseLabels,
+    build_information,
+    debug_checks,
+    functional,
+    multilabel_categorical_crossentropy,
+    ops,
+    sigmoid_cross_entropy,
+    targets,
+)
+from tests.conftest import Backend, require_native
+
+LOSSES = [sigmoid_cross_entropy, multilabel_categorical_crossentropy]
+both_losses = pytest.mark.parametrize("loss", LOSSES, ids=["sigmoid", "zlpr"])
+
+
+@pytest.fixture
+def native() -> None:
+    require_native()
+
+
+@pytest.fixture
+def checks():
+    debug_checks(True)
+    yield
+    debug_checks(False)
+
+
+@both_losses
+@pytest.mark.usefixtures("native")
+class TestForwardMode:
+    """The kernels would drop tangents."""
+
+    x, y = torch.randn(3, 5), torch.rand(3, 5) < 0.4
+
+    @pytest.mark.parametrize("grad_enabled", [True, False])
+    def test_eager(self, loss, grad_enabled: bool) -> None:
+        with forward_ad.dual_level(), torch.set_grad_enabled(grad_enabled):
+            dual = forward_ad.make_dual(self.x, self.x)
+            with pytest.raises(RuntimeError, match=f"{loss.__name__} has no forward-mode"):
+                loss(dual, self.y)
+
+    def test_compiled(self, loss) -> None:
+        compiled = torch.compile(lambda x: loss(x, self.y), backend="aot_eager")
+        with forward_ad.dual_level(), pytest.raises(Exception, match="no forward-mode derivative"):
+            compiled(forward_ad.make_dual(self.x, self.x))
+
+    def test_functional_transform(self, loss) -> None:
+        with pytest.raises(RuntimeError):
+            torch.func.jvp(lambda x: loss(x, self.y), (self.x,), (self.x,))
+
+
+@pytest.mark.usefixtures("checks")
+def test_debug_checks_know_ignored_nan(backend: Backend) -> None:
+    x = torch.zeros(1, 3, device=backend.device)
+    valid = torch.tensor([[0.0, math.nan, 1.0]], device=backend.device)
+    assert sigmoid_cross_entropy(x, valid, ignore_index=math.nan).item() == pytest.approx(
+        math.log(2)
+    )
+    with pytest.raises(ValueError, match=r"target must lie in \[0, 1\], got 2"):
+        sigmoid_cross_entropy(x, torch.where(valid == 1, 2.0, valid), ignore_index=math.nan)
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (1, 6, 1), (4, 6, 1), (1, 1, 1000), (1000,), ()])
+def test_broadcast_constants_are_not_expanded_in_memory(shape: tuple[int, ...]) -> None:
+    weight = torch.rand(shape)
+    view = targets.broadcast_to_input(weight, torch.empty(4, 6, 1000), "weight")
+    assert view.shape == (24, 1000)
+    assert view.untyped_storage().nbytes() <= 4 * max(weight.numel(), 24)
+    assert torch.equal(view, weight.expand(4, 6, 1000).reshape(24, 1000))
+
+
+@pytest.mark.parametrize("normalizer", [-1.0, math.inf, math.nan])
+def test_invalid_normalizer_tensors(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, normalizer: float
+) -> None:
+    x = torch.randn(3, 5, device=backend.device)
+    y = torch.rand(3, 5, device=backend.device) < 0.4
+    tensor = torch.tensor(normalizer, device=backend.device)
+    if backend.device.type == "cpu":
+        with pytest.raises(ValueError, match="normalizer must be finite and not negative"):
+            sigmoid_cross_entropy(x, y, normalizer=tensor)
+    monkeypatch.setattr(functional, "contents_may_be_checked", lambda _: False)
+    for loss in LOSSES:
+        assert loss(x, y, normalizer=tensor).isnan()
+
+
+def test_operators_check_shapes(native: None) -> None:
+    x = torch.randn(3, 5)
+    rest = (None, None, 0, None, None, None, 0.0, None, 1)
+    forward = torch.ops.mlloss_cuda.sigmoid_cross_entropy
+    with pytest.raises(RuntimeError, match="dense labels must have the shape of input"):
+        forward(x, torch.zeros(1, 1), None, None, 0, *rest)
+    with pytest.raises(RuntimeError, match=r"sparse labels must have N \+ 1 offsets"):
+        forward(x, torch.tensor([1]), torch.tensor([0, 1], dtype=torch.int32), None, 1, *rest)
+    with pytest.raises(RuntimeError, match="unit stride"):
+        forward(torch.randn(5, 3).t(), torch.zeros(3, 5), None, None, 0, *rest)
+
+
+def test_fake_tensors_are_not_looked_into() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        x = torch.randn(3, 5)
+        labels = SparseLabels(torch.zeros(2, dtype=torch.int64), torch.zeros(4, dtype=torch.int64))
+        for loss in LOSSES:
+            assert loss(x, labels, weight=torch.ones(3, 1)).shape == ()
+
+
+@pytest.mark.parametrize("id_", [-(2**40), 2**31])
+def test_ids_that_do_not_fit(id_: int) -> None:
+    with pytest.raises(ValueError, match=f"lists holds the id {id_}, which does not fit"):
+        SparseLabels.from_lists([[0], [id_]], dtype=torch.int32)
+
+
+def test_dense_labels_are_contiguous() -> None:
+    assert SparseLabels.from_lists([[0, 2], [1]]).to_dense(3).is_contiguous()
+
+
+class TestUnservedGpu:
+    """GPUs and drivers that the kernels cannot run on get the reference, with a reason."""
+
+    @pytest.fixture(autouse=True)
+    def machine(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        information = {"cuda_archs": ["80", "90+PTX"], "nvcc": "13.0.88"}
+        monkeypatch.setattr(build_information, "_native", lambda: (information, None))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+        monkeypatch.setattr(ops, "_served_gpus", {})
+
+    def test_served(self) -> None:
+        assert build_information.gpu_problem(0) is None
+        assert ops._gpu_is_served(0)
+
+    def test_old_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+        assert "compute capability 7.5" in (build_information.gpu_problem(1) or "")
+        assert not ops._gpu_is_served(1)
+
+    def test_old_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+        assert "driver serves CUDA 12.8" in (build_information.gpu_problem(0) or "")
