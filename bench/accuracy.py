@@ -15,7 +15,8 @@ import torch.nn.functional as F
 import mlloss_cuda
 
 COUNT = 1_000_000
-DISTRIBUTIONS = [(-2.0, 3.0), (-12.0, 1.0), (-20.0, 3.0)]  # mean, standard deviation
+# Mean and standard deviation.
+DISTRIBUTIONS = [(-2.0, 3.0), (-10.0, 0.0), (-12.0, 1.0), (-15.0, 0.0), (-20.0, 3.0)]
 
 
 def main() -> None:

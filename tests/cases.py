@@ -254,8 +254,8 @@ class Problem:
             if isinstance(value, SparseLabels):
                 return value.to(device)
             if isinstance(value, Tensor) and value.device != device:
-                moved = _moved(value, device)
-                return moved.requires_grad_(value.requires_grad)
+                twin = moved(value, device)
+                return twin.requires_grad_(value.requires_grad)
             return value
 
         options = {name: move(value) for name, value in self.options.items()}
@@ -280,7 +280,7 @@ class Problem:
         return ORACLES[self.loss](**self.truth)
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a device with strides and offset, which `Tensor.to` does not promise."""
     if tensor.layout != torch.strided:
         return tensor.detach().to(device)

@@ -48,7 +48,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Return loss and gradient, on the CPU."""
     options = {k: v.to(backend.device) if hasattr(v, "to") else v for k, v in options.items()}
-    x = cases._moved(x, backend.device).requires_grad_()
+    x = cases.moved(x, backend.device).requires_grad_()
     value = LOSSES[loss](x, target.to(backend.device), **options)
     if upstream is None:
         upstream = torch.full((), 1.75, device=backend.device).expand(value.shape)

@@ -1,6 +1,7 @@
-// Page faults of a fresh output cost more than computing it: 4 KiB pages of a 256 MiB gradient are
-// 65,536 faults, about 100 ms, where the kernel itself takes 16 ms (one thread of an AMD EPYC,
-// Linux with transparent huge pages on `madvise`, its usual default).
+// Page faults of a fresh output cost more than computing it: the 4 KiB pages of a 256 MiB gradient
+// are 65,536 faults, about 100 ms, where the kernel itself takes 16 ms (one thread of an AMD EPYC,
+// Linux with transparent huge pages on `madvise`, its usual default). bench/run.py shows the
+// difference as "copy" and "copy, backward to new memory".
 #pragma once
 #include <cstdint>
 
@@ -25,7 +26,8 @@ inline void prefer_huge_pages([[maybe_unused]] void* output, [[maybe_unused]] in
 }
 
 // Starts fetching what will be read next. With this much arithmetic per cache line the hardware
-// prefetcher does not keep up: a forward pass over 64 Mi logits takes a quarter less time.
+// prefetcher does not keep up: without this, bench/run.py shows a forward pass over 64 Mi logits
+// take a third more time.
 inline void prefetch_range(const char* data, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(data + line, 0, 3);
 }
