@@ -113,7 +113,7 @@ __device__ __forceinline__ double row_threshold(const RowwiseProblem& problem, i
 // One thread per row: combines its segments in order, takes the loss from the sums, and adds it to
 // the partial sum of the block.
 template <class Loss, class Real>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     rowwise_finish(const RowwiseProblem problem, const Units units,
                    const RowSums<Real>* __restrict__ sums,        // [N, segments]
                    RowStatistics<Real>* __restrict__ statistics,  // [N]
