@@ -60,6 +60,9 @@ MLLOSS_INLINE double grouped_sum(const Loss& loss, const PointwiseTile<Real>& ti
   const LabelTile<Real>& labels = tile.labels;
   int i = 0;
   for (; i + kLanes <= tile.count; i += kLanes) {
+    // Of the next tile; prefetching never faults.
+    if constexpr (kKind == TargetKind::kHard) __builtin_prefetch(labels.hard + i + kTile);
+    if constexpr (kMasked) __builtin_prefetch(labels.observed + i + kTile);
     add_to_groups<kKind, kMasked>(loss, tile.logits + i, labels.hard + i, labels.soft + i,
                                   labels.observed + i, q, linear);
   }
