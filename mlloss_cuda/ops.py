@@ -57,7 +57,7 @@ def is_native(input: Tensor) -> bool:
                 f"mlloss_cuda: the PyTorch reference, which is slower and builds [N, C] "
                 f"temporaries, serves {device_type} tensors: {reason}",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,  # the caller of the loss
             )
     return False
 

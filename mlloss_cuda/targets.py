@@ -234,11 +234,6 @@ def debug_checks(enabled: bool) -> None:
     _debug_checks = bool(enabled)
 
 
-def debug_checks_enabled() -> bool:
-    """Tell whether :func:`debug_checks` is on."""
-    return _debug_checks
-
-
 def contents_may_be_checked(tensor: Tensor) -> bool:
     """Whether looking at the values of `tensor` is allowed: no synchronisation, no tracing."""
     # Subclasses may hold no data (FakeTensor) or only a part of it (DTensor).
