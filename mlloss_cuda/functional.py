@@ -52,7 +52,8 @@ def sigmoid_cross_entropy(
         mask: elements to use: bool or uint8 of a shape that broadcasts to ``[..., C]`` (nonzero =
             use), or :class:`SparseLabels` listing the observed labels of each row.
         weight: constant factor >= 0 per element, any shape that broadcasts to ``[..., C]``; it is
-            read by strides, never expanded in memory.
+            read by strides, not expanded in memory (the one exception: shapes such as ``[B, 1, C]``
+            for input of more than two dimensions).
         pos_weight: constant factor >= 0 of the positive term, broadcast in the same way.
         label_smoothing: e in [0, 1]; the target becomes y (1 - e) + e / 2.
         ignore_index: target value that means "missing", for dense targets: -1, -100, nan or any

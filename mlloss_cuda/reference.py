@@ -1,4 +1,4 @@
-"""The losses in plain PyTorch: specification, fallback where nothing native serves, and oracle.
+"""The losses in plain PyTorch: specification, and fallback where nothing native serves.
 
 The losses take the same checked arguments as those of ``ops.py``. They work in fp32 (fp64 for fp64
 input) and build dense temporaries of shape ``[N, C]``; the native kernels compute the same numbers

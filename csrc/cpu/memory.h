@@ -25,9 +25,8 @@ inline void prefer_huge_pages([[maybe_unused]] void* output, [[maybe_unused]] in
 #endif
 }
 
-// Starts fetching what will be read next. With this much arithmetic per cache line the hardware
-// prefetcher does not keep up: without this, bench/run.py shows a forward pass over 64 Mi logits
-// take a third more time.
+// Starts fetching what will be read next: with this much arithmetic per cache line, the hardware
+// prefetcher alone does not keep up with the forward loops.
 inline void prefetch_range(const char* data, int64_t bytes) {
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(data + line, 0, 3);
 }
