@@ -10,7 +10,7 @@ CXX_FILES := find csrc tests bench -type f \
 	\( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench lint format asan tsan clean
+.PHONY: help build demo test bench docs lint format asan tsan clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
@@ -45,6 +45,18 @@ test: build ## run the tests; ARGS="-k name" selects
 
 bench: build ## time the losses against eager and compiled torch
 	@$(RUN) bench/run.py $(ARGS)
+
+# The extra `docs` is apart from the others, since nothing else needs it.
+$(VENV)/.installed_docs: $(VENV)/.installed
+	@echo "installing what the documentation is built with"
+	@$(PIP_INSTALL) $$($(RUN) -I -c "from importlib.metadata import requires; \
+	  required = (line.partition(';') for line in requires('mlloss_cuda')); \
+	  print(*(name for name, _, extra in required if 'docs' in extra))")
+	@touch $@
+
+docs: build $(VENV)/.installed_docs ## build the documentation into build/docs
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build
+	@echo "build/docs/index.html (for its search: $(RUN) -m http.server -d build/docs)"
 
 lint: build ## check formatting, style and types
 	@$(RUN) -m ruff check

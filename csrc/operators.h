@@ -1,5 +1,6 @@
-// From tensors to kernels: every operator once, for all backends. `Backend` names the tensor type
-// and the kernels; the product has cpu/ops.cpp and cuda/ops.cpp, the tests add the emulated GPU.
+// From tensors to kernels: the operators of every kind of loss once, for all losses and backends.
+// `Backend` names the tensor type and the kernels of a loss; the product has cpu/ops.cpp and
+// cuda/ops.cpp, the tests add the emulated GPU.
 //
 // Python has checked the arguments (functional.py, targets.py); the order of arguments is that of
 // the schemas in ops.cpp.
@@ -7,13 +8,16 @@
 #include <cmath>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
+#include "losses.h"
 #include "problem.h"
 
 namespace mlloss {
 
+// What all operators do with their arguments.
 template <class Backend>
-struct Operators {
+struct Arguments {
   using Tensor = typename Backend::Tensor;
   using Optional = std::optional<Tensor>;
 
@@ -65,23 +69,36 @@ struct Operators {
       result.column_stride = data.stride(1);
       return result;
     }
+    if (result.format == Format::kPacked) {
+      Backend::check(data.dim() == 2 && data.size(0) == input.size(0) &&
+                         data.size(1) == (input.size(1) + kWordBits - 1) / kWordBits &&
+                         (data.size(1) <= 1 || data.stride(1) == 1) &&
+                         result.element == Element::kInt32,
+                     "packed labels must be int32 [N, C / 32 rounded up] with unit stride");
+      if (result.data == nullptr) result.data = &kNothing;
+      result.row_stride = data.stride(0);
+      return result;
+    }
+    Backend::check(result.format == Format::kSparse || result.format == Format::kObserved,
+                   "unknown format of labels");
     Backend::check(data.dim() == 1 && offsets.has_value() &&
                        offsets->numel() == input.size(0) + 1 &&
                        Backend::element(*offsets) == result.element,
                    "sparse labels must have N + 1 offsets of the dtype of their indices");
     Backend::check(!values.has_value() || values->numel() == data.numel(),
                    "sparse labels must have as many values as indices");
-    // A tensor without elements may have no memory, but nullptr would mean that there is no mask.
-    static const int64_t nothing = 0;
-    if (result.data == nullptr) result.data = &nothing;
+    if (result.data == nullptr) result.data = &kNothing;
     result.offsets = offsets->data_ptr();
     result.entries = data.numel();
     if (values.has_value()) {
-      result.values = values->data_ptr() == nullptr ? &nothing : values->data_ptr();
+      result.values = values->data_ptr() == nullptr ? &kNothing : values->data_ptr();
       result.values_element = Backend::element(*values);
     }
     return result;
   }
+
+  // A tensor without elements may have no memory, but nullptr would mean that there is no mask.
+  static constexpr int64_t kNothing = 0;
 
   // `value` as the element type of a target holds it: compared with what is loaded from there.
   static double rounded(double value, Element element) {
@@ -107,6 +124,7 @@ struct Operators {
     if (arguments.mask.has_value()) {
       problem.mask =
           labels(input, *arguments.mask, arguments.mask_offsets, {}, arguments.mask_format);
+      Backend::check(problem.mask.format != Format::kObserved, "a mask is dense, sparse or packed");
     }
     problem.has_ignored = arguments.ignore_index.has_value();
     problem.ignored = rounded(arguments.ignore_index.value_or(0), problem.target.element);
@@ -116,87 +134,121 @@ struct Operators {
       problem.normalizer = static_cast<const double*>(normalizer->data_ptr());
     }
   }
+};
 
-  // ---- sigmoid_cross_entropy ----
+// T, once for every element of a pack of numbers.
+template <std::size_t, class T>
+using Each = T;
 
-  static void sigmoid_cross_entropy_out(
-      const Tensor& input, const Tensor& target, const Optional& target_offsets,
-      const Optional& target_values, int64_t target_format, const Optional& mask,
-      const Optional& mask_offsets, int64_t mask_format, std::optional<double> ignore_index,
-      const Optional& weight, const Optional& pos_weight, double label_smoothing,
-      const Optional& normalizer, int64_t reduction, const Tensor& loss, const Tensor& scale) {
-    PointwiseProblem problem;
-    fill(problem, input,
-         {target, target_offsets, target_values, target_format, mask, mask_offsets, mask_format,
-          ignore_index},
-         normalizer, reduction);
-    problem.weight = matrix(weight);
-    problem.pos_weight = matrix(pos_weight);
-    Backend::sigmoid_cross_entropy_forward(
-        input, problem, label_smoothing,
-        {loss.data_ptr(), nullptr, static_cast<double*>(scale.data_ptr())});
+// The operators of a loss that is a sum over elements, with `kTensors` tensors and `kNumbers`
+// numbers of its own (losses.h).
+template <class Backend, class Tensors, class Numbers>
+struct PointwiseOperators;
+
+template <class Backend, std::size_t... kTensors, std::size_t... kNumbers>
+struct PointwiseOperators<Backend, std::index_sequence<kTensors...>,
+                          std::index_sequence<kNumbers...>> : Arguments<Backend> {
+  using typename Arguments<Backend>::Tensor;
+  using typename Arguments<Backend>::Optional;
+
+  static void forward(const Tensor& input, const Tensor& target, const Optional& target_offsets,
+                      const Optional& target_values, int64_t target_format, const Optional& mask,
+                      const Optional& mask_offsets, int64_t mask_format,
+                      std::optional<double> ignore_index, const Optional& weight,
+                      Each<kTensors, const Optional&>... tensors, Each<kNumbers, double>... numbers,
+                      double label_smoothing, const Optional& normalizer, int64_t reduction,
+                      const Tensor& loss, const Tensor& scale) {
+    PointwiseProblem problem{{},
+                             PointwiseOperators::matrix(weight),
+                             {PointwiseOperators::matrix(tensors)...},
+                             {numbers...},
+                             label_smoothing};
+    PointwiseOperators::fill(problem, input,
+                             {target, target_offsets, target_values, target_format, mask,
+                              mask_offsets, mask_format, ignore_index},
+                             normalizer, reduction);
+    Backend::forward(input, problem,
+                     {loss.data_ptr(), nullptr, static_cast<double*>(scale.data_ptr())});
   }
 
-  static void sigmoid_cross_entropy_backward_out(
-      const Tensor& grad_output, const Tensor& scale, const Tensor& input, const Tensor& target,
-      const Optional& target_offsets, const Optional& target_values, int64_t target_format,
-      const Optional& mask, const Optional& mask_offsets, int64_t mask_format,
-      std::optional<double> ignore_index, const Optional& weight, const Optional& pos_weight,
-      double label_smoothing, const Optional& normalizer, int64_t reduction,
-      const Tensor& grad_input) {
-    PointwiseProblem problem;
-    fill(problem, input,
-         {target, target_offsets, target_values, target_format, mask, mask_offsets, mask_format,
-          ignore_index},
-         normalizer, reduction);
-    problem.weight = matrix(weight);
-    problem.pos_weight = matrix(pos_weight);
-    Backend::sigmoid_cross_entropy_backward(
-        input, problem, label_smoothing,
-        {upstream(grad_output), static_cast<const double*>(scale.data_ptr()), nullptr},
-        {grad_input.data_ptr(), nullptr});
+  static void backward(const Tensor& grad_output, const Tensor& scale, const Tensor& input,
+                       const Tensor& target, const Optional& target_offsets,
+                       const Optional& target_values, int64_t target_format, const Optional& mask,
+                       const Optional& mask_offsets, int64_t mask_format,
+                       std::optional<double> ignore_index, const Optional& weight,
+                       Each<kTensors, const Optional&>... tensors,
+                       Each<kNumbers, double>... numbers, double label_smoothing,
+                       const Optional& normalizer, int64_t reduction, const Tensor& grad_input) {
+    PointwiseProblem problem{{},
+                             PointwiseOperators::matrix(weight),
+                             {PointwiseOperators::matrix(tensors)...},
+                             {numbers...},
+                             label_smoothing};
+    PointwiseOperators::fill(problem, input,
+                             {target, target_offsets, target_values, target_format, mask,
+                              mask_offsets, mask_format, ignore_index},
+                             normalizer, reduction);
+    Backend::backward(input, problem,
+                      {PointwiseOperators::upstream(grad_output),
+                       static_cast<const double*>(scale.data_ptr()), nullptr},
+                      {grad_input.data_ptr(), nullptr});
   }
+};
 
-  // ---- multilabel_categorical_crossentropy ----
+// The operators of a loss that is a function of two sums over a row, with a threshold or without.
+template <class Backend, class Thresholds>
+struct RowwiseOperators;
 
-  static void multilabel_categorical_crossentropy_out(
-      const Tensor& input, const Tensor& target, const Optional& target_offsets,
-      const Optional& target_values, int64_t target_format, const Optional& mask,
-      const Optional& mask_offsets, int64_t mask_format, std::optional<double> ignore_index,
-      const Tensor& threshold, const Optional& weight, const Optional& normalizer,
-      int64_t reduction, const Tensor& loss, const Tensor& statistics, const Tensor& scale) {
-    RowwiseProblem problem;
-    fill(problem, input,
-         {target, target_offsets, target_values, target_format, mask, mask_offsets, mask_format,
-          ignore_index},
-         normalizer, reduction);
-    problem.threshold = vector(threshold);
-    problem.weight = vector(weight);
-    Backend::multilabel_categorical_crossentropy_forward(
+template <class Backend, std::size_t... kThresholds>
+struct RowwiseOperators<Backend, std::index_sequence<kThresholds...>> : Arguments<Backend> {
+  using typename Arguments<Backend>::Tensor;
+  using typename Arguments<Backend>::Optional;
+
+  static void forward(const Tensor& input, const Tensor& target, const Optional& target_offsets,
+                      const Optional& target_values, int64_t target_format, const Optional& mask,
+                      const Optional& mask_offsets, int64_t mask_format,
+                      std::optional<double> ignore_index,
+                      Each<kThresholds, const Tensor&>... threshold, const Optional& weight,
+                      const Optional& normalizer, int64_t reduction, const Tensor& loss,
+                      const Tensor& statistics, const Tensor& scale) {
+    RowwiseProblem problem{
+        {}, {RowwiseOperators::vector(threshold)...}, RowwiseOperators::vector(weight)};
+    RowwiseOperators::fill(problem, input,
+                           {target, target_offsets, target_values, target_format, mask,
+                            mask_offsets, mask_format, ignore_index},
+                           normalizer, reduction);
+    Backend::forward(
         input, problem,
         {loss.data_ptr(), statistics.data_ptr(), static_cast<double*>(scale.data_ptr())});
   }
 
-  static void multilabel_categorical_crossentropy_backward_out(
-      const Tensor& grad_output, const Tensor& scale, const Tensor& statistics, const Tensor& input,
-      const Tensor& target, const Optional& target_offsets, const Optional& target_values,
-      int64_t target_format, const Optional& mask, const Optional& mask_offsets,
-      int64_t mask_format, std::optional<double> ignore_index, const Tensor& threshold,
-      const Optional& weight, const Optional& normalizer, int64_t reduction,
-      const Tensor& grad_input, const Tensor& grad_threshold) {
-    RowwiseProblem problem;
-    fill(problem, input,
-         {target, target_offsets, target_values, target_format, mask, mask_offsets, mask_format,
-          ignore_index},
-         normalizer, reduction);
-    problem.threshold = vector(threshold);
-    problem.weight = vector(weight);
-    Backend::multilabel_categorical_crossentropy_backward(
-        input, problem,
-        {upstream(grad_output), static_cast<const double*>(scale.data_ptr()),
-         statistics.data_ptr()},
-        {grad_input.data_ptr(), grad_threshold.data_ptr()});
+  static void backward(const Tensor& grad_output, const Tensor& scale, const Tensor& statistics,
+                       const Tensor& input, const Tensor& target, const Optional& target_offsets,
+                       const Optional& target_values, int64_t target_format, const Optional& mask,
+                       const Optional& mask_offsets, int64_t mask_format,
+                       std::optional<double> ignore_index,
+                       Each<kThresholds, const Tensor&>... threshold, const Optional& weight,
+                       const Optional& normalizer, int64_t reduction, const Tensor& grad_input,
+                       Each<kThresholds, const Tensor&>... grad_threshold) {
+    RowwiseProblem problem{
+        {}, {RowwiseOperators::vector(threshold)...}, RowwiseOperators::vector(weight)};
+    RowwiseOperators::fill(problem, input,
+                           {target, target_offsets, target_values, target_format, mask,
+                            mask_offsets, mask_format, ignore_index},
+                           normalizer, reduction);
+    Backend::backward(input, problem,
+                      {RowwiseOperators::upstream(grad_output),
+                       static_cast<const double*>(scale.data_ptr()), statistics.data_ptr()},
+                      {grad_input.data_ptr(), grad_threshold.data_ptr()...});
   }
 };
+
+// <name>_operators, from <name>_kernels, a backend: Tensor, element(), check(), and forward() and
+// backward() of the loss.
+#define MLLOSS_POINTWISE_OPERATORS(name, tensors, numbers)                                       \
+  using name##_operators = PointwiseOperators<name##_kernels, std::make_index_sequence<tensors>, \
+                                              std::make_index_sequence<numbers>>;
+#define MLLOSS_ROWWISE_OPERATORS(name, thresholds) \
+  using name##_operators = RowwiseOperators<name##_kernels, std::make_index_sequence<thresholds>>;
 
 }  // namespace mlloss

@@ -10,44 +10,52 @@
 
 namespace {
 
-// How labels are given: dense [N, C] (format 0) or sparse (format 1: label ids [entries], offsets
-// [N + 1], values [entries]).
+// How labels are given: dense [N, C] (format 0), sparse (format 1: label ids [entries], offsets
+// [N + 1], values [entries]), packed (format 2: int32 words [N, C / 32 rounded up]), or sparse with
+// everything that is not listed missing (format 3, targets only).
 const std::string kLabels =
-    "Tensor target, Tensor? target_offsets, Tensor? target_values, int target_format, "
-    "Tensor? mask, Tensor? mask_offsets, int mask_format, float? ignore_index, ";
+    "Tensor input, Tensor target, Tensor? target_offsets, Tensor? target_values, "
+    "int target_format, Tensor? mask, Tensor? mask_offsets, int mask_format, float? ignore_index, ";
 
-const std::string kSigmoidCrossEntropy =
-    "Tensor input, " + kLabels +
-    "Tensor? weight, Tensor? pos_weight, float label_smoothing, Tensor? normalizer, int reduction";
-
-const std::string kMultilabelCategoricalCrossentropy =
-    "Tensor input, " + kLabels +
-    "Tensor threshold, Tensor? weight, Tensor? normalizer, int reduction";
+const std::string kReduction = "Tensor? normalizer, int reduction";
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
   const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
 
-  define("sigmoid_cross_entropy(" + kSigmoidCrossEntropy + ") -> (Tensor loss, Tensor scale)");
-  define("sigmoid_cross_entropy_out(" + kSigmoidCrossEntropy +
-         ", Tensor(a!) loss, Tensor(b!) scale) -> ()");
-  define("sigmoid_cross_entropy_backward(Tensor grad_output, Tensor scale, " +
-         kSigmoidCrossEntropy + ") -> Tensor");
-  define("sigmoid_cross_entropy_backward_out(Tensor grad_output, Tensor scale, " +
-         kSigmoidCrossEntropy + ", Tensor(a!) grad_input) -> ()");
+  // Losses that are a sum over elements; losses.h has the same list. `own` stands behind the
+  // weight: constants per element [N, C], then numbers.
+  const auto define_pointwise = [&](const std::string& name, const std::string& own) {
+    const std::string arguments =
+        kLabels + "Tensor? weight, " + own + "float label_smoothing, " + kReduction;
+    define(name + "(" + arguments + ") -> (Tensor loss, Tensor scale)");
+    define(name + "_out(" + arguments + ", Tensor(a!) loss, Tensor(b!) scale) -> ()");
+    define(name + "_backward(Tensor grad_output, Tensor scale, " + arguments + ") -> Tensor");
+    define(name + "_backward_out(Tensor grad_output, Tensor scale, " + arguments +
+           ", Tensor(a!) grad_input) -> ()");
+  };
+  define_pointwise("sigmoid_cross_entropy", "Tensor? pos_weight, ");
+  define_pointwise("binary_cross_entropy", "Tensor? pos_weight, float eps, ");
+  define_pointwise("sigmoid_focal_loss",
+                   "Tensor? pos_weight, Tensor? alpha, Tensor? gamma, "
+                   "float positive_alpha, float negative_alpha, float uniform_gamma, ");
+  define_pointwise("asymmetric_loss",
+                   "float gamma_neg, float gamma_pos, float clip, float detach_focal, ");
 
-  define("multilabel_categorical_crossentropy(" + kMultilabelCategoricalCrossentropy +
-         ") -> (Tensor loss, Tensor statistics, Tensor scale)");
-  define("multilabel_categorical_crossentropy_out(" + kMultilabelCategoricalCrossentropy +
-         ", Tensor(a!) loss, Tensor(b!) statistics, Tensor(c!) scale) -> ()");
-  define(
-      "multilabel_categorical_crossentropy_backward(Tensor grad_output, Tensor scale, "
-      "Tensor statistics, " +
-      kMultilabelCategoricalCrossentropy + ") -> (Tensor grad_input, Tensor grad_threshold)");
-  define(
-      "multilabel_categorical_crossentropy_backward_out(Tensor grad_output, Tensor scale, "
-      "Tensor statistics, " +
-      kMultilabelCategoricalCrossentropy +
-      ", Tensor(a!) grad_input, Tensor(b!) grad_threshold) -> ()");
+  // Losses that are a function of two sums over a row.
+  const auto define_rowwise = [&](const std::string& name, bool has_threshold) {
+    const std::string arguments =
+        kLabels + (has_threshold ? "Tensor threshold, " : "") + "Tensor? weight, " + kReduction;
+    const std::string saved = "Tensor grad_output, Tensor scale, Tensor statistics, ";
+    define(name + "(" + arguments + ") -> (Tensor loss, Tensor statistics, Tensor scale)");
+    define(name + "_out(" + arguments +
+           ", Tensor(a!) loss, Tensor(b!) statistics, Tensor(c!) scale) -> ()");
+    define(name + "_backward(" + saved + arguments + ") -> " +
+           (has_threshold ? "(Tensor grad_input, Tensor grad_threshold)" : "Tensor"));
+    define(name + "_backward_out(" + saved + arguments + ", Tensor(a!) grad_input" +
+           (has_threshold ? ", Tensor(b!) grad_threshold" : "") + ") -> ()");
+  };
+  define_rowwise("multilabel_categorical_crossentropy", true);
+  define_rowwise("multilabel_ranking_loss", false);
 }

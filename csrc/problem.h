@@ -18,7 +18,7 @@ enum class Element : int {
 };
 
 // mlloss_cuda/targets.py has the same numbers.
-enum class Format : int { kDense = 0, kSparse = 1 };
+enum class Format : int { kDense = 0, kSparse = 1, kPacked = 2, kObserved = 3 };
 
 // mlloss_cuda/ops.py has the same numbers.
 enum class Reduction : int {
@@ -39,18 +39,23 @@ struct Strided {
   int64_t column_stride = 0;  // in elements
 };
 
-// A target or a mask. `data == nullptr` stands for a mask that uses everything.
+// A target or a mask. `data == nullptr` stands for a mask that uses everything. kObserved, of
+// targets only: labels that are not listed are missing.
 struct Labels {
   Format format = Format::kDense;
-  const void* data = nullptr;  // dense: [N, C]; sparse: label ids [entries], negative = padding
+  // dense: [N, C]; sparse, observed: label ids [entries], negative = padding;
+  // packed: words of 32 labels [N, C / 32 rounded up], the first label in the lowest bit
+  const void* data = nullptr;
   Element element = Element::kBool;
-  int64_t row_stride = 0;         // dense
+  int64_t row_stride = 0;         // dense; packed: in words
   int64_t column_stride = 0;      // dense
-  const void* offsets = nullptr;  // sparse: [N + 1], element type as data
-  const void* values = nullptr;   // sparse: soft targets [entries], or nullptr
+  const void* offsets = nullptr;  // sparse, observed: [N + 1], element type as data
+  const void* values = nullptr;   // sparse, observed: targets [entries], nullptr = all 1
   Element values_element = Element::kFloat;
-  int64_t entries = 0;  // sparse
+  int64_t entries = 0;  // sparse, observed
 };
+
+constexpr int kWordBits = 32;  // labels in a word of packed labels
 
 // What all losses share. Logits have unit stride within a row.
 struct Problem {
@@ -68,13 +73,26 @@ struct Problem {
   const double* normalizer = nullptr;  // 0-d, for Reduction::kNormalizer
 };
 
+constexpr int kMaxParameters = 3;
+constexpr int kMaxNumbers = 4;
+
 struct PointwiseProblem : Problem {
-  Strided weight;      // [N, C]
-  Strided pos_weight;  // [N, C]
+  Strided weight;  // [N, C]
+  Strided
+      parameters[kMaxParameters];    // [N, C] each: constants of the loss, see its header in math/
+  double numbers[kMaxNumbers] = {};  // constants of the loss that are the same for all elements
+  double label_smoothing = 0;        // e: the target y becomes y (1 - e) + e / 2
+
+  bool has_parameters() const {
+    for (const Strided& parameter : parameters) {
+      if (parameter.data != nullptr) return true;
+    }
+    return false;
+  }
 };
 
 struct RowwiseProblem : Problem {
-  Strided threshold;  // [N]: row_stride only
+  Strided threshold;  // [N]: row_stride only; no data: the loss has none
   Strided weight;     // [N]: row_stride only
 };
 
@@ -93,7 +111,7 @@ struct BackwardInput {
 
 struct BackwardOutput {
   void* grad_input = nullptr;      // [N, C], contiguous, element type of the logits
-  void* grad_threshold = nullptr;  // [N], element type of the statistics
+  void* grad_threshold = nullptr;  // [N], element type of the statistics; or nullptr
 };
 
 inline bool is_dense(const Labels& labels) {
@@ -107,8 +125,10 @@ inline bool is_flat(const Strided& array, int64_t columns) {
 }
 
 inline bool is_flat(const Labels& labels, int64_t columns) {
-  return labels.data == nullptr || (labels.format == Format::kDense &&
-                                    labels.row_stride == columns && labels.column_stride == 1);
+  if (labels.data == nullptr) return true;
+  if (labels.format == Format::kPacked) return labels.row_stride * kWordBits == columns;
+  return labels.format == Format::kDense && labels.row_stride == columns &&
+         labels.column_stride == 1;
 }
 
 // Treats the whole matrix as a single row where nothing depends on rows: short rows then cost no
@@ -117,9 +137,11 @@ inline void flatten(PointwiseProblem& problem, const Strided* grad_output) {
   const int64_t columns = problem.columns;
   if (problem.rows <= 1 || problem.row_stride != columns || !is_flat(problem.target, columns) ||
       !is_flat(problem.mask, columns) || !is_flat(problem.weight, columns) ||
-      !is_flat(problem.pos_weight, columns) ||
       (grad_output != nullptr && !is_flat(*grad_output, columns))) {
     return;
+  }
+  for (const Strided& parameter : problem.parameters) {
+    if (!is_flat(parameter, columns)) return;
   }
   problem.columns = problem.rows * columns;
   problem.rows = 1;

@@ -1,20 +1,72 @@
 """Fused, exact and sparse multi-label losses for PyTorch."""
 
+from . import compat as compat
 from .build_information import build_info
-from .functional import multilabel_categorical_crossentropy, sigmoid_cross_entropy, zlpr_loss
-from .modules import MultilabelCategoricalCrossentropy, SigmoidCrossEntropyLoss, ZLPRLoss
-from .targets import SparseLabels, debug_checks
+from .collate import collate
+from .functional import (
+    asymmetric_loss,
+    binary_cross_entropy,
+    dice_loss,
+    lsep_loss,
+    multilabel_categorical_crossentropy,
+    multilabel_margin_loss,
+    multilabel_ranking_loss,
+    multilabel_softmax_cross_entropy,
+    sigmoid_cross_entropy,
+    sigmoid_focal_loss,
+    tversky_loss,
+    zlpr_loss,
+)
+from .metrics import inverse_propensity
+from .modules import (
+    AsymmetricLoss,
+    BinaryCrossEntropyLoss,
+    DiceLoss,
+    LSEPLoss,
+    MultilabelCategoricalCrossentropy,
+    MultilabelMarginLoss,
+    MultilabelRankingLoss,
+    MultilabelSoftmaxCrossEntropy,
+    SigmoidCrossEntropyLoss,
+    SigmoidFocalLoss,
+    TverskyLoss,
+    ZLPRLoss,
+)
+from .targets import PackedLabels, SparseLabels, debug_checks
+from .weights import pos_weight_from_counts
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsymmetricLoss",
+    "BinaryCrossEntropyLoss",
+    "DiceLoss",
+    "LSEPLoss",
     "MultilabelCategoricalCrossentropy",
+    "MultilabelMarginLoss",
+    "MultilabelRankingLoss",
+    "MultilabelSoftmaxCrossEntropy",
+    "PackedLabels",
     "SigmoidCrossEntropyLoss",
+    "SigmoidFocalLoss",
     "SparseLabels",
+    "TverskyLoss",
     "ZLPRLoss",
+    "asymmetric_loss",
+    "binary_cross_entropy",
     "build_info",
+    "collate",
     "debug_checks",
+    "dice_loss",
+    "inverse_propensity",
+    "lsep_loss",
     "multilabel_categorical_crossentropy",
+    "multilabel_margin_loss",
+    "multilabel_ranking_loss",
+    "multilabel_softmax_cross_entropy",
+    "pos_weight_from_counts",
     "sigmoid_cross_entropy",
+    "sigmoid_focal_loss",
+    "tversky_loss",
     "zlpr_loss",
 ]

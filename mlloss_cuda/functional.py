@@ -1,35 +1,18 @@
-"""The losses as functions: arguments are checked here; ops.py or reference.py computes."""
+"""The losses as functions: what people call. ``arguments.py`` and ``targets.py`` check."""
 
 from __future__ import annotations
 
-import math
-from numbers import Real
-
-import torch
 from torch import Tensor
 
-from . import ops, reference
-from .targets import (
-    FLOATING_DTYPES,
-    TARGET_DTYPES,
-    Labels,
-    SparseLabels,
-    broadcast_to_input,
-    check_strided,
-    contents_may_be_checked,
-    normalize_mask,
-    normalize_target,
-    rows_and_labels,
-)
-
-REDUCTIONS = ("none", "sum", "mean", "mean_nonzero", "weighted_mean", "batchmean")
+from . import arguments, ops, reference, targets
+from .targets import Labels, LabelsLike, normalize_mask, normalize_target
 
 
 def sigmoid_cross_entropy(
     input: Tensor,
-    target: Tensor | SparseLabels,
+    target: LabelsLike,
     *,
-    mask: Tensor | SparseLabels | None = None,
+    mask: LabelsLike | None = None,
     weight: Tensor | float | None = None,
     pos_weight: Tensor | float | None = None,
     label_smoothing: float = 0.0,
@@ -46,11 +29,18 @@ def sigmoid_cross_entropy(
 
     Args:
         input: logits ``[..., C]``, fp32, bf16, fp16 or fp64. Rows may be strided.
-        target: dense ``[..., C]`` of any bool, integer or floating dtype, with values in [0, 1]
-            (floating ones may be soft), or :class:`SparseLabels` of as many rows as input has
-            (a ``torch.sparse_csr`` tensor is converted). Values outside [0, 1] give NaN.
+        target: one of
+
+            - dense ``[..., C]`` of any bool, integer or floating dtype, with values in [0, 1]
+              (floating ones may be soft); values outside give NaN
+            - :class:`SparseLabels` of as many rows as input has; with ``observed_only``, labels
+              that are not listed are missing
+            - :class:`PackedLabels`
+            - a ``torch.sparse_csr`` tensor ``[N, C]`` (its values are the targets), or a nested
+              tensor ``[N, *]`` of layout ``torch.jagged`` (label ids)
         mask: elements to use: bool or uint8 of a shape that broadcasts to ``[..., C]`` (nonzero =
-            use), or :class:`SparseLabels` listing the observed labels of each row.
+            use), :class:`SparseLabels` listing the observed labels of each row, or any of the
+            other formats of ``target``.
         weight: constant factor >= 0 per element, any shape that broadcasts to ``[..., C]``; it is
             read by strides, not expanded in memory (the one exception: shapes such as ``[B, 1, C]``
             for input of more than two dimensions).
@@ -83,36 +73,247 @@ def sigmoid_cross_entropy(
     >>> round(mlloss_cuda.sigmoid_cross_entropy(logits, labels, mask=observed).item(), 6)
     0.242769
     """
-    _check_input(input)
+    arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
-    weights = _elementwise_constant(weight, input, "weight")
-    pos_weights = _elementwise_constant(pos_weight, input, "pos_weight")
-    label_smoothing = _number_between(label_smoothing, "label_smoothing", 0.0, 1.0)
-    ignore_index = _ignored_value(ignore_index)
-    normalizer = _normalizer(normalizer, reduction, input)
-    logits = _logits(input)
-    native = _is_native(logits, target_labels, mask_labels)
+    weight = arguments.elementwise_constant(weight, input, "weight")
+    pos_weight = arguments.elementwise_constant(pos_weight, input, "pos_weight")
+    label_smoothing = arguments.number_between(label_smoothing, "label_smoothing", 0.0, 1.0)
+    ignore_index = arguments.ignored_value(ignore_index)
+    normalizer = arguments.denominator(normalizer, reduction, input)
+    logits = arguments.as_rows(input)
+    native = _is_native(logits, target_labels, mask_labels, ignore_index)
     loss = (ops if native else reference).sigmoid_cross_entropy(
         logits,
         target_labels,
         mask_labels,
-        weights,
-        pos_weights,
-        normalizer,
-        label_smoothing,
-        ignore_index,
-        reduction,
+        weight=weight,
+        pos_weight=pos_weight,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        reduction=reduction,
+    )
+    return loss.view(input.shape) if reduction == "none" else loss
+
+
+def binary_cross_entropy(  # noqa: D417 (documented once, where the docstring says)
+    probs: Tensor,
+    target: LabelsLike,
+    *,
+    eps: float | None = None,
+    mask: LabelsLike | None = None,
+    weight: Tensor | float | None = None,
+    pos_weight: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Binary cross-entropy of probabilities; from logits, take :func:`sigmoid_cross_entropy`.
+
+    Per element, with probability p: L = -pos_weight y log p - (1 - y) log(1 - p).
+
+    Args:
+        probs: probabilities ``[..., C]``. Those outside [0, 1] give NaN, or with
+            :func:`mlloss_cuda.debug_checks` an error.
+        target: as in :func:`sigmoid_cross_entropy`, like all arguments that are not listed.
+        eps: None: each logarithm is at least -100 and its gradient at most 1e12, as in
+            ``torch.nn.functional.binary_cross_entropy``. A number between 0 and 0.5: p is clipped
+            to [eps, 1 - eps], beyond which the gradient is 0, as in Keras (eps=1e-7).
+
+    Returns:
+        The loss, as :func:`sigmoid_cross_entropy` does.
+
+    Raises:
+        TypeError, ValueError: as in :func:`sigmoid_cross_entropy`.
+
+    >>> import torch, mlloss_cuda
+    >>> probs = torch.tensor([[0.9, 0.2, 1.0]])
+    >>> target = torch.tensor([[1.0, 0.0, 0.0]])
+    >>> round(mlloss_cuda.binary_cross_entropy(probs, target).item(), 4)
+    33.4428
+    >>> round(mlloss_cuda.binary_cross_entropy(probs, target, eps=1e-7).item(), 5)
+    5.4822
+    """
+    arguments.check_input(probs, "probs", "probabilities")
+    target_labels = normalize_target(target, probs, ignore_index)
+    mask_labels = normalize_mask(mask, probs)
+    weight = arguments.elementwise_constant(weight, probs, "weight")
+    pos_weight = arguments.elementwise_constant(pos_weight, probs, "pos_weight")
+    eps = arguments.clipping(eps)
+    label_smoothing = arguments.number_between(label_smoothing, "label_smoothing", 0.0, 1.0)
+    ignore_index = arguments.ignored_value(ignore_index)
+    normalizer = arguments.denominator(normalizer, reduction, probs)
+    rows = arguments.as_rows(probs)
+    native = _is_native(rows, target_labels, mask_labels, ignore_index)
+    arguments.check_probabilities(rows, target_labels, mask_labels, ignore_index, "probs")
+    loss = (ops if native else reference).binary_cross_entropy(
+        rows,
+        target_labels,
+        mask_labels,
+        weight=weight,
+        pos_weight=pos_weight,
+        eps=eps,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        reduction=reduction,
+    )
+    return loss.view(probs.shape) if reduction == "none" else loss
+
+
+def sigmoid_focal_loss(  # noqa: D417 (documented once, where the docstring says)
+    input: Tensor,
+    target: LabelsLike,
+    *,
+    alpha: Tensor | float | None = 0.25,
+    gamma: Tensor | float = 2.0,
+    mask: LabelsLike | None = None,
+    weight: Tensor | float | None = None,
+    pos_weight: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Focal loss: sigmoid cross-entropy, less of it where a label is predicted well.
+
+    Per element, with p = sigmoid(x), q = 1 - p and CE the loss of :func:`sigmoid_cross_entropy`:
+    L = (alpha y + (1 - alpha) (1 - y)) (y q + (1 - y) p)^gamma CE. For y = 1 this is
+    alpha q^gamma softplus(-x), for y = 0 it is (1 - alpha) p^gamma softplus(x). Source: Lin et al.,
+    "Focal Loss for Dense Object Detection" (2017), arXiv:1708.02002; soft targets as in
+    torchvision.
+
+    Args:
+        input: logits ``[..., C]``.
+        target: as in :func:`sigmoid_cross_entropy`, like all arguments that are not listed.
+        alpha: share of the positives in [0, 1]: a number, a constant tensor that broadcasts to
+            ``[..., C]`` (such as ``[C]``), or None for no balancing.
+        gamma: exponent >= 0: a number or a constant tensor that broadcasts in the same way. 0 gives
+            the balanced cross-entropy.
+        pos_weight: constant factor >= 0 of the positive term of CE.
+
+    Returns:
+        The loss, as :func:`sigmoid_cross_entropy` does.
+
+    Raises:
+        TypeError, ValueError: as in :func:`sigmoid_cross_entropy`.
+
+    >>> import torch, mlloss_cuda
+    >>> logits = torch.tensor([[2.0, -1.0, 0.5]])
+    >>> labels = mlloss_cuda.SparseLabels.from_lists([[0]])
+    >>> round(mlloss_cuda.sigmoid_focal_loss(logits, labels, reduction="sum").item(), 6)
+    0.300503
+    """
+    arguments.check_input(input)
+    target_labels = normalize_target(target, input, ignore_index)
+    mask_labels = normalize_mask(mask, input)
+    weight = arguments.elementwise_constant(weight, input, "weight")
+    pos_weight = arguments.elementwise_constant(pos_weight, input, "pos_weight")
+    alpha = arguments.focal_alpha(alpha, input)
+    gamma = arguments.focal_gamma(gamma, input)
+    label_smoothing = arguments.number_between(label_smoothing, "label_smoothing", 0.0, 1.0)
+    ignore_index = arguments.ignored_value(ignore_index)
+    normalizer = arguments.denominator(normalizer, reduction, input)
+    logits = arguments.as_rows(input)
+    native = _is_native(logits, target_labels, mask_labels, ignore_index)
+    loss = (ops if native else reference).sigmoid_focal_loss(
+        logits,
+        target_labels,
+        mask_labels,
+        weight=weight,
+        pos_weight=pos_weight,
+        alpha=alpha,
+        gamma=gamma,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        reduction=reduction,
+    )
+    return loss.view(input.shape) if reduction == "none" else loss
+
+
+def asymmetric_loss(  # noqa: D417 (documented once, where the docstring says)
+    input: Tensor,
+    target: LabelsLike,
+    *,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 1.0,
+    clip: float = 0.05,
+    detach_focal: bool = False,
+    mask: LabelsLike | None = None,
+    weight: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Asymmetric loss (ASL): focusing of its own for negatives, of which the easy ones count 0.
+
+    Per element, with p = sigmoid(x), q = 1 - p and pm = max(p - clip, 0):
+    L = y q^gamma_pos softplus(-x) - (1 - y) pm^gamma_neg log(1 - pm). Source: Ridnik et al.,
+    "Asymmetric Loss For Multi-Label Classification" (2020), arXiv:2009.14119. Note the reduction:
+    the published code returns the sum.
+
+    Args:
+        input: logits ``[..., C]``.
+        target: as in :func:`sigmoid_cross_entropy`, like all arguments that are not listed.
+        gamma_neg: exponent >= 0 of the negatives.
+        gamma_pos: exponent >= 0 of the positives.
+        clip: probability in [0, 1) by which negatives are shifted.
+        detach_focal: whether the factors q^gamma_pos and pm^gamma_neg are constants in the backward
+            pass (``disable_torch_grad_focal_loss`` in the published code). The gradient is then not
+            the derivative of the loss.
+
+    Returns:
+        The loss, as :func:`sigmoid_cross_entropy` does.
+
+    Raises:
+        TypeError, ValueError: as in :func:`sigmoid_cross_entropy`.
+
+    >>> import torch, mlloss_cuda
+    >>> logits = torch.tensor([[2.0, -4.0, 0.5]])
+    >>> labels = mlloss_cuda.SparseLabels.from_lists([[0]])
+    >>> mlloss_cuda.asymmetric_loss(logits, labels, reduction="none")
+    tensor([[0.0151, 0.0000, 0.0913]])
+    """
+    arguments.check_input(input)
+    target_labels = normalize_target(target, input, ignore_index)
+    mask_labels = normalize_mask(mask, input)
+    weight = arguments.elementwise_constant(weight, input, "weight")
+    gamma_neg = arguments.nonnegative_number(gamma_neg, "gamma_neg")
+    gamma_pos = arguments.nonnegative_number(gamma_pos, "gamma_pos")
+    clip = arguments.clip_below_one(clip)
+    detach_focal = arguments.flag(detach_focal, "detach_focal")
+    label_smoothing = arguments.number_between(label_smoothing, "label_smoothing", 0.0, 1.0)
+    ignore_index = arguments.ignored_value(ignore_index)
+    normalizer = arguments.denominator(normalizer, reduction, input)
+    logits = arguments.as_rows(input)
+    native = _is_native(logits, target_labels, mask_labels, ignore_index)
+    loss = (ops if native else reference).asymmetric_loss(
+        logits,
+        target_labels,
+        mask_labels,
+        weight=weight,
+        gamma_neg=gamma_neg,
+        gamma_pos=gamma_pos,
+        clip=clip,
+        detach_focal=detach_focal,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        reduction=reduction,
     )
     return loss.view(input.shape) if reduction == "none" else loss
 
 
 def multilabel_categorical_crossentropy(
     input: Tensor,
-    target: Tensor | SparseLabels,
+    target: LabelsLike,
     *,
     threshold: Tensor | float = 0.0,
-    mask: Tensor | SparseLabels | None = None,
+    mask: LabelsLike | None = None,
     weight: Tensor | float | None = None,
     ignore_index: float | None = None,
     reduction: str = "mean",
@@ -151,24 +352,24 @@ def multilabel_categorical_crossentropy(
     >>> round(mlloss_cuda.multilabel_categorical_crossentropy(logits, labels).item(), 6)
     0.033135
     """
-    _check_input(input)
+    arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
-    weights = _rowwise_constant(weight, input, "weight")
-    thresholds = _threshold(threshold, input)
-    ignore_index = _ignored_value(ignore_index)
-    normalizer = _normalizer(normalizer, reduction, input)
-    logits = _logits(input)
-    native = _is_native(logits, target_labels, mask_labels)
+    weight = arguments.rowwise_constant(weight, input, "weight")
+    threshold = arguments.row_threshold(threshold, input)
+    ignore_index = arguments.ignored_value(ignore_index)
+    normalizer = arguments.denominator(normalizer, reduction, input)
+    logits = arguments.as_rows(input)
+    native = _is_native(logits, target_labels, mask_labels, ignore_index)
     loss = (ops if native else reference).multilabel_categorical_crossentropy(
         logits,
         target_labels,
         mask_labels,
-        thresholds,
-        weights,
-        normalizer,
-        ignore_index,
-        reduction,
+        threshold=threshold,
+        weight=weight,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        reduction=reduction,
     )
     return loss.view(input.shape[:-1]) if reduction == "none" else loss
 
@@ -176,161 +377,355 @@ def multilabel_categorical_crossentropy(
 zlpr_loss = multilabel_categorical_crossentropy
 
 
-def _is_native(logits: Tensor, target: Labels, mask: Labels | None) -> bool:
-    """Whether native kernels serve; the reference, unlike them, relies on checked label ids."""
+def multilabel_ranking_loss(  # noqa: D417 (documented once, where the docstring says)
+    input: Tensor,
+    target: LabelsLike,
+    *,
+    mask: LabelsLike | None = None,
+    weight: Tensor | float | None = None,
+    ignore_index: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Log-sum-exp pairwise ranking loss (LSEP): every positive above every negative.
+
+    Per row: L = log(1 + sum over (j positive, i negative) of e^(x_i - x_j)), in O(C), as the sum is
+    a product of two. Only differences of logits count, so there is no threshold: predict the top k.
+    Soft targets y count on both sides, with weights y and 1 - y. Rows without positives or without
+    negatives give 0. Source: Li, Song and Luo, "Improving Pairwise Ranking for Multi-label Image
+    Classification" (2017), arXiv:1704.03135.
+
+    Args:
+        input: logits ``[..., C]``.
+        target: as in :func:`multilabel_categorical_crossentropy`, like all arguments that are not
+            listed.
+        mask: as in :func:`sigmoid_cross_entropy`; masked labels are in no pair.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 input): 0-d, or shape ``[...]`` for ``'none'``.
+
+    Raises:
+        TypeError, ValueError: as in :func:`sigmoid_cross_entropy`.
+
+    >>> import torch, mlloss_cuda
+    >>> logits = torch.tensor([[2.0, 1.0, -1.0]])
+    >>> labels = mlloss_cuda.SparseLabels.from_lists([[0]])
+    >>> round(mlloss_cuda.multilabel_ranking_loss(logits, labels).item(), 6)
+    0.349012
+    """
+    arguments.check_input(input)
+    target_labels = normalize_target(target, input, ignore_index)
+    mask_labels = normalize_mask(mask, input)
+    weight = arguments.rowwise_constant(weight, input, "weight")
+    ignore_index = arguments.ignored_value(ignore_index)
+    normalizer = arguments.denominator(normalizer, reduction, input)
+    logits = arguments.as_rows(input)
+    native = _is_native(logits, target_labels, mask_labels, ignore_index)
+    loss = (ops if native else reference).multilabel_ranking_loss(
+        logits,
+        target_labels,
+        mask_labels,
+        weight=weight,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        reduction=reduction,
+    )
+    return loss.view(input.shape[:-1]) if reduction == "none" else loss
+
+
+lsep_loss = multilabel_ranking_loss
+
+
+def multilabel_softmax_cross_entropy(  # noqa: D417 (documented once, where the docstring says)
+    input: Tensor,
+    target: LabelsLike,
+    *,
+    normalize_target: bool = True,
+    partition: str | None = None,
+    partition_weight: float = 1.0,
+    mask: LabelsLike | None = None,
+    weight: Tensor | float | None = None,
+    ignore_index: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Softmax cross-entropy against several labels, optionally with a loss of their number.
+
+    Per row, with Z = sum of e^x: L = sum of t (log Z - x) with t = y / sum(y), a distribution over
+    the labels (a row without positives gives 0), or t = y. A softmax says nothing of how many
+    labels there are; ``partition`` adds partition_weight times
+
+    - ``'poisson'``: Z - sum(y) log Z, the Poisson loss of the number sum(y) at the rate Z
+    - ``'mse'``: (Z - sum(y))^2
+
+    With t = y, ``'poisson'`` and weight 1, L is the Poisson loss sum of (e^x - y x) of all labels,
+    that is, apart from constants, the generalised Kullback-Leibler divergence of e^x from y: the
+    divergence of the distributions plus the one of the totals. Predict by e^x then.
+    Source of t = y / sum(y): Mahajan et al., "Exploring the Limits of Weakly Supervised
+    Pretraining" (2018), arXiv:1805.00932.
+
+    Composed from PyTorch operations on every device, with dense temporaries ``[N, C]``.
+
+    Args:
+        input: logits ``[..., C]``.
+        target: as in :func:`multilabel_categorical_crossentropy`, like all arguments that are not
+            listed.
+        normalize_target: whether t = y / sum(y), rather than y.
+        partition: None, ``'poisson'`` or ``'mse'``.
+        partition_weight: number >= 0.
+        mask: as in :func:`sigmoid_cross_entropy`; masked labels are in no sum.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 input): 0-d, or shape ``[...]`` for ``'none'``.
+
+    Raises:
+        TypeError, ValueError: as in :func:`sigmoid_cross_entropy`.
+
+    >>> import torch, mlloss_cuda
+    >>> logits = torch.tensor([[2.0, 1.0, -1.0]])
+    >>> labels = mlloss_cuda.SparseLabels.from_lists([[0, 1]])
+    >>> round(mlloss_cuda.multilabel_softmax_cross_entropy(logits, labels).item(), 6)
+    0.849012
+    """
+    arguments.check_input(input)
+    target_labels = targets.normalize_target(target, input, ignore_index)
+    mask_labels = normalize_mask(mask, input)
+    weight = arguments.rowwise_constant(weight, input, "weight")
+    normalize_target = arguments.flag(normalize_target, "normalize_target")
+    arguments.one_of(partition, "partition", arguments.PARTITIONS)
+    partition_weight = arguments.nonnegative_number(partition_weight, "partition_weight")
+    ignore_index = arguments.ignored_value(ignore_index)
+    normalizer = arguments.denominator(normalizer, reduction, input)
+    logits = arguments.as_rows(input)
+    _check_contents(logits, target_labels, mask_labels, ignore_index)
+    loss = reference.multilabel_softmax_cross_entropy(
+        logits,
+        target_labels,
+        mask_labels,
+        normalize_target=normalize_target,
+        partition=partition,
+        partition_weight=partition_weight,
+        weight=weight,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        reduction=reduction,
+    )
+    return loss.view(input.shape[:-1]) if reduction == "none" else loss
+
+
+def multilabel_margin_loss(  # noqa: D417 (documented once, where the docstring says)
+    input: Tensor,
+    target: LabelsLike,
+    *,
+    margin: float = 1.0,
+    mask: LabelsLike | None = None,
+    weight: Tensor | float | None = None,
+    ignore_index: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Hinge loss of all pairs: every positive above every negative by a margin.
+
+    Per row: L = 1/C sum over (j positive, i negative) of max(0, margin - (x_j - x_i)), C counting
+    unmasked labels. With margin 1 this is ``torch.nn.functional.multilabel_margin_loss``, whose
+    target is a list of label ids. Computed in fp64 by sorting each row, O(C log C) instead of a
+    term for each pair, with PyTorch operations on every device and dense temporaries ``[N, C]``.
+    A pair that meets the margin exactly has no gradient.
+
+    Args:
+        input: logits ``[..., C]``.
+        target: as in :func:`multilabel_categorical_crossentropy`, like all arguments that are not
+            listed, but hard: soft values are an error on the CPU and make the loss of their rows
+            NaN on a GPU.
+        margin: a finite number.
+        mask: as in :func:`sigmoid_cross_entropy`; masked labels are in no pair and not in C.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 input): 0-d, or shape ``[...]`` for ``'none'``.
+
+    Raises:
+        TypeError, ValueError: as in :func:`sigmoid_cross_entropy`.
+
+    >>> import torch, mlloss_cuda
+    >>> logits = torch.tensor([[2.0, 1.5, -1.0]])
+    >>> labels = mlloss_cuda.SparseLabels.from_lists([[0]])
+    >>> round(mlloss_cuda.multilabel_margin_loss(logits, labels).item(), 6)
+    0.166667
+    """
+    arguments.check_input(input)
+    target_labels = normalize_target(target, input, ignore_index)
+    mask_labels = normalize_mask(mask, input)
+    weight = arguments.rowwise_constant(weight, input, "weight")
+    margin = arguments.finite_number(margin, "margin")
+    ignore_index = arguments.ignored_value(ignore_index)
+    normalizer = arguments.denominator(normalizer, reduction, input)
+    logits = arguments.as_rows(input)
+    _check_contents(logits, target_labels, mask_labels, ignore_index)
+    arguments.check_hard_target(logits, target_labels, mask_labels, ignore_index)
+    loss = reference.multilabel_margin_loss(
+        logits,
+        target_labels,
+        mask_labels,
+        margin=margin,
+        weight=weight,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        reduction=reduction,
+    )
+    return loss.view(input.shape[:-1]) if reduction == "none" else loss
+
+
+def tversky_loss(
+    input: Tensor,
+    target: LabelsLike,
+    *,
+    from_logits: bool = True,
+    axis: str = "samples",
+    smooth: float = 1e-5,
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    mask: LabelsLike | None = None,
+    weight: Tensor | float | None = None,
+    ignore_index: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Tversky loss: one minus the overlap of prediction and target, with two kinds of errors.
+
+    With p = sigmoid(x), I = sum of p y, FP = sum of p (1 - y) and FN = sum of (1 - p) y over
+    unmasked elements: L = 1 - (2 I + smooth) / (2 I + 2 alpha FP + 2 beta FN + smooth), which for
+    alpha = beta = 0.5 is the Dice loss. Source: Salehi, Erdogmus and Gholipour, "Tversky loss
+    function for image segmentation using 3D fully convolutional deep networks" (2017),
+    arXiv:1706.05721.
+
+    Composed from PyTorch operations on every device, with dense temporaries ``[N, C]``.
+
+    Args:
+        input: logits ``[..., C]``, or probabilities.
+        target: as in :func:`sigmoid_cross_entropy`.
+        from_logits: whether input holds logits. Probabilities outside [0, 1] give NaN, or with
+            :func:`mlloss_cuda.debug_checks` an error.
+        axis: what the sums run over: ``'samples'`` (the labels of a row: one loss per row),
+            ``'classes'`` (all rows: one loss per label) or ``'micro'`` (everything: one loss).
+        smooth: number >= 0. Where nothing is positive and nothing predicted, L is 0.
+        alpha: cost >= 0 of false positives.
+        beta: cost >= 0 of false negatives.
+        mask: as in :func:`sigmoid_cross_entropy`.
+        weight: constant factor >= 0 per loss: a number, or shape ``[...]`` or ``[..., 1]`` for
+            samples, ``[C]`` for classes, ``[]`` for micro.
+        ignore_index: as in :func:`sigmoid_cross_entropy`.
+        reduction: over these losses, with S = sum of weight * L: ``'none'`` (shape ``[...]``,
+            ``[C]`` or ``[]``), ``'sum'`` (S), ``'mean'`` and ``'batchmean'`` (S / their number),
+            ``'mean_nonzero'`` (S / number of nonzero weights), ``'weighted_mean'`` (S / sum of
+            weights).
+        normalizer: as in :func:`sigmoid_cross_entropy`.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 input).
+
+    Raises:
+        TypeError, ValueError: as in :func:`sigmoid_cross_entropy`.
+
+    >>> import torch, mlloss_cuda
+    >>> logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, -3.0, 1.0]])
+    >>> labels = mlloss_cuda.SparseLabels.from_lists([[0, 1], [2]])
+    >>> mlloss_cuda.tversky_loss(logits, labels, alpha=0.3, beta=0.7, reduction="none")
+    tensor([0.1794, 0.3253])
+    """
+    arguments.check_input(input)
+    target_labels = normalize_target(target, input, ignore_index)
+    mask_labels = normalize_mask(mask, input)
+    arguments.one_of(axis, "axis", arguments.AXES)
+    weight = arguments.unit_constant(weight, input, "weight", axis)
+    from_logits = arguments.flag(from_logits, "from_logits")
+    smooth = arguments.nonnegative_number(smooth, "smooth")
+    alpha = arguments.nonnegative_number(alpha, "alpha")
+    beta = arguments.nonnegative_number(beta, "beta")
+    ignore_index = arguments.ignored_value(ignore_index)
+    normalizer = arguments.denominator(normalizer, reduction, input)
+    rows = arguments.as_rows(input)
+    _check_contents(rows, target_labels, mask_labels, ignore_index)
+    if not from_logits:
+        arguments.check_probabilities(rows, target_labels, mask_labels, ignore_index, "input")
+    loss = reference.tversky_loss(
+        rows,
+        target_labels,
+        mask_labels,
+        from_logits=from_logits,
+        axis=axis,
+        smooth=smooth,
+        alpha=alpha,
+        beta=beta,
+        weight=weight,
+        ignore_index=ignore_index,
+        normalizer=normalizer,
+        reduction=reduction,
+    )
+    if reduction != "none" or axis == "classes":
+        return loss
+    return loss.view(input.shape[:-1] if axis == "samples" else ())
+
+
+def dice_loss(  # noqa: D417 (documented once, where the docstring says)
+    input: Tensor,
+    target: LabelsLike,
+    *,
+    from_logits: bool = True,
+    axis: str = "samples",
+    smooth: float = 1e-5,
+    mask: LabelsLike | None = None,
+    weight: Tensor | float | None = None,
+    ignore_index: float | None = None,
+    reduction: str = "mean",
+    normalizer: Tensor | float | None = None,
+) -> Tensor:
+    r"""Dice loss: one minus the overlap of prediction and target.
+
+    L = 1 - (2 I + smooth) / (P + T + smooth) with p = sigmoid(x) and the sums I of p y, P of p and
+    T of y over unmasked elements: :func:`tversky_loss` with alpha = beta = 0.5. Source: Milletari,
+    Navab and Ahmadi, "V-Net" (2016), arXiv:1606.04797, here with P and T not squared.
+
+    Args:
+        input: as in :func:`tversky_loss`, like all other arguments.
+
+    Returns:
+        The loss, as :func:`tversky_loss` does.
+
+    Raises:
+        TypeError, ValueError: as in :func:`sigmoid_cross_entropy`.
+
+    >>> import torch, mlloss_cuda
+    >>> logits = torch.tensor([[2.0, 1.0, -1.0], [0.0, -3.0, 1.0]])
+    >>> labels = mlloss_cuda.SparseLabels.from_lists([[0, 1], [2]])
+    >>> round(mlloss_cuda.dice_loss(logits, labels, axis="micro").item(), 6)
+    0.239224
+    """
+    return tversky_loss(
+        input,
+        target,
+        from_logits=from_logits,
+        axis=axis,
+        smooth=smooth,
+        mask=mask,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        normalizer=normalizer,
+    )
+
+
+def _is_native(
+    logits: Tensor, target: Labels, mask: Labels | None, ignore_index: float | None
+) -> bool:
+    """Whether native kernels serve. They look at label ids by themselves."""
     native = ops.is_native(logits)
-    if not native:
-        ops.check_contents(target, mask, logits)
+    if not native or targets.debugging():
+        _check_contents(logits, target, mask, ignore_index)
     return native
 
 
-def _check_input(input: Tensor) -> None:
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a tensor of logits, got {type(input).__name__}")
-    if input.dtype not in FLOATING_DTYPES:
-        raise TypeError(
-            f"input must have one of the dtypes float32, bfloat16, float16, float64, "
-            f"got {input.dtype}"
-        )
-    check_strided(input, "input")
-    if input.dim() == 0:
-        raise ValueError("input must have shape [..., C], got a 0-d tensor")
-
-
-def _logits(input: Tensor) -> Tensor:
-    """``[N, C]`` with unit stride within rows; copied only where strides leave no other way."""
-    logits = rows_and_labels(input)
-    return logits if logits.stride(1) == 1 or logits.shape[1] <= 1 else logits.contiguous()
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _number_between(value: float, name: str, low: float, high: float) -> float:
-    if not _is_number(value):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
-    return float(value)
-
-
-def _ignored_value(ignore_index: float | None) -> float | None:
-    if ignore_index is None:
-        return None
-    if not _is_number(ignore_index):
-        raise TypeError(f"ignore_index must be a number or None, got {type(ignore_index).__name__}")
-    if 0 <= ignore_index <= 1:
-        raise ValueError(
-            "ignore_index must lie outside [0, 1] (such as -1, -100 or nan): values within are "
-            f"targets, got {ignore_index}"
-        )
-    return float(ignore_index)
-
-
-def _constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor | None:
-    """Check a weight and return it as a tensor on the device of `input`."""
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):
-        if not _is_number(value):
-            raise TypeError(
-                f"{name} must be a tensor, a number or None, got {type(value).__name__}"
-            )
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
-        return torch.full(
-            (), float(value), dtype=reference.compute_dtype(input), device=input.device
-        )
-    check_strided(value, name)
-    if value.dtype not in TARGET_DTYPES:
-        raise TypeError(f"{name} must be floating point, integer or bool, got {value.dtype}")
-    if value.device != input.device:
-        raise ValueError(
-            f"{name} must be on the device of input, {input.device}, got {value.device}"
-        )
-    if value.requires_grad:
-        raise ValueError(f"{name} must not require grad; it is a constant (detach it)")
-    if contents_may_be_checked(value) and value.numel() > 0:
-        smallest = value.amin()
-        if bool(smallest < 0):
-            raise ValueError(f"{name} must not be negative, got {smallest.item()}")
-    return value
-
-
-def _elementwise_constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor | None:
-    constant = _constant(value, input, name)
-    return None if constant is None else broadcast_to_input(constant, input, name)
-
-
-def _rowwise_constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor | None:
-    constant = _constant(value, input, name)
-    return None if constant is None else _per_row(constant, input, name)
-
-
-def _per_row(value: Tensor, input: Tensor, name: str) -> Tensor:
-    """View ``[]``, ``[...]`` or ``[..., 1]`` as ``[N]``."""
-    rows = input.shape[:-1]
-    if value.dim() > 0 and value.shape != rows and value.shape != (*rows, 1):
-        raise ValueError(
-            f"{name} must have one value per row of input {list(input.shape)}: shape [], "
-            f"{list(rows)} or {[*rows, 1]}, got {list(value.shape)}"
-        )
-    if value.dim() == 0:
-        value = value.expand(rows)
-    return value.reshape(-1)
-
-
-def _threshold(threshold: Tensor | float, input: Tensor) -> Tensor:
-    """Return the threshold as ``[N]`` in the dtype of the arithmetic."""
-    dtype = reference.compute_dtype(input)
-    if not isinstance(threshold, Tensor):
-        if not _is_number(threshold):
-            raise TypeError(
-                f"threshold must be a number or a tensor, got {type(threshold).__name__}"
-            )
-        if not -math.inf < threshold < math.inf:
-            raise ValueError(f"threshold must be finite, got {threshold}")
-        threshold = torch.full((), float(threshold), dtype=dtype, device=input.device)
-    check_strided(threshold, "threshold")
-    if threshold.dtype not in FLOATING_DTYPES:
-        raise TypeError(f"threshold must be floating point, got {threshold.dtype}")
-    if threshold.device != input.device:
-        raise ValueError(
-            f"threshold must be on the device of input, {input.device}, got {threshold.device}"
-        )
-    return _per_row(threshold.to(dtype), input, "threshold")
-
-
-def _normalizer(normalizer: Tensor | float | None, reduction: str, input: Tensor) -> Tensor | None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if normalizer is None:
-        return None
-    if reduction not in ("mean", "sum"):
-        raise ValueError(
-            f"normalizer replaces the denominator of reduction='mean'; got reduction={reduction!r}"
-        )
-    if not isinstance(normalizer, Tensor):
-        if not _is_number(normalizer):
-            raise TypeError(
-                "normalizer must be a number, a 0-d tensor or None, "
-                f"got {type(normalizer).__name__}"
-            )
-        if not 0 <= normalizer < math.inf:
-            raise ValueError(f"normalizer must be finite and not negative, got {normalizer}")
-        return torch.full((), float(normalizer), dtype=torch.float64, device=input.device)
-    check_strided(normalizer, "normalizer")
-    if normalizer.dtype not in TARGET_DTYPES or normalizer.dtype == torch.bool:
-        raise TypeError(f"normalizer must be floating point or integer, got {normalizer.dtype}")
-    if normalizer.dim() != 0:
-        raise ValueError(f"normalizer must be 0-d, got shape {list(normalizer.shape)}")
-    if normalizer.device != input.device:
-        raise ValueError(
-            f"normalizer must be on the device of input, {input.device}, got {normalizer.device}"
-        )
-    if normalizer.requires_grad:
-        raise ValueError("normalizer must not require grad; it is a constant (detach it)")
-    if contents_may_be_checked(normalizer) and not 0 <= normalizer.item() < math.inf:
-        raise ValueError(f"normalizer must be finite and not negative, got {normalizer.item()}")
-    return normalizer.to(torch.float64)
+def _check_contents(
+    logits: Tensor, target: Labels, mask: Labels | None, ignore_index: float | None
+) -> None:
+    ops.check_contents(target, mask, logits)
+    arguments.check_target_values(logits, target, mask, ignore_index)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import build_information
-from .targets import SPARSE, Labels, SparseLabels, check_indices
+from .targets import OBSERVED, SPARSE, Labels, SparseLabels, check_indices
 
 # Values of the `reduction` arguments of the operators; csrc/problem.h has the same numbers.
 REDUCTION_CODES = {
@@ -73,7 +73,7 @@ def _gpu_is_served(index: int) -> bool:
 def check_contents(target: Labels, mask: Labels | None, logits: Tensor) -> None:
     """Raise ``ValueError`` for indices out of range, where contents may be looked at."""
     for name, labels in (("target", target), ("mask", mask)):
-        if labels is not None and labels.format == SPARSE:
+        if labels is not None and labels.format in (SPARSE, OBSERVED):
             assert labels.offsets is not None
             check_indices(SparseLabels(labels.data, labels.offsets), logits.shape[1], name)
 
@@ -90,11 +90,13 @@ class _Loss:
     Attributes:
         name: of the operator.
         rowwise: whether it has one loss per row. Such a loss keeps four numbers per row for its
-            backward pass, and its threshold, the argument behind the labels, has a gradient.
+            backward pass.
+        has_threshold: whether the argument behind the labels is a threshold, which has a gradient.
     """
 
     name: str
-    rowwise: bool
+    rowwise: bool = False
+    has_threshold: bool = False
 
     # `arguments` is everything behind `input` in the schema (csrc/ops.cpp): first the labels, last
     # the reduction.
@@ -113,7 +115,7 @@ class _Loss:
     def forward(self, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """Run the forward kernel on ``[N, C]`` logits."""
         target, target_offsets, _, target_format, mask, mask_offsets, mask_format = arguments[:7]
-        if target_format == SPARSE:
+        if target_format in (SPARSE, OBSERVED):
             check_indices(SparseLabels(target, target_offsets), input.shape[1], "target")
         if mask_format == SPARSE:
             check_indices(SparseLabels(mask, mask_offsets), input.shape[1], "mask")
@@ -123,9 +125,9 @@ class _Loss:
         return results
 
     def gradients(self, input: Tensor) -> tuple[Tensor, ...]:
-        """Allocate the gradients: of input, and (row-wise losses) of the threshold."""
+        """Allocate the gradients: of input and, if there is one, of the threshold."""
         grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device)
-        if not self.rowwise:
+        if not self.has_threshold:
             return (grad_input,)
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
         return grad_input, input.new_empty(input.shape[0], dtype=dtype)
@@ -143,7 +145,7 @@ class _Loss:
     ) -> tuple[Tensor | None, ...]:
         """Pad with None to one gradient for `input` and each of `count` arguments."""
         padded: list[Tensor | None] = [gradients[0], *[None] * count]
-        if self.rowwise:
+        if self.has_threshold:
             padded[1 + _LABEL_ARGUMENTS] = gradients[1]
         return tuple(padded)
 
@@ -223,14 +225,14 @@ def _register(loss: _Loss) -> None:
 
     def backward(grad_output: Tensor, *saved: Any) -> Any:
         gradients = loss.backward(grad_output, saved)
-        return gradients if loss.rowwise else gradients[0]
+        return gradients if loss.has_threshold else gradients[0]
 
     def fake_forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return loss.results(input, arguments[-1])
 
     def fake_backward(grad_output: Tensor, *saved: Any) -> Any:  # noqa: ARG001
         gradients = loss.gradients(saved[2 if loss.rowwise else 1])
-        return gradients if loss.rowwise else gradients[0]
+        return gradients if loss.has_threshold else gradients[0]
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, *rest = output
@@ -244,7 +246,9 @@ def _register(loss: _Loss) -> None:
             return (None,) * (count + 1)
         operator = getattr(torch.ops.mlloss_cuda, f"{loss.name}_backward")
         gradients = operator(grad_output, *_saved(ctx))
-        return loss.gradients_of_arguments(gradients if loss.rowwise else (gradients,), count)
+        if not loss.has_threshold:
+            gradients = (gradients,)
+        return loss.gradients_of_arguments(gradients, count)
 
     def refuse(*_: Any) -> None:
         raise loss.no_second_derivative()
@@ -270,45 +274,125 @@ def _reduction_code(reduction: str, normalizer: Tensor | None) -> int:
     return REDUCTION_CODES[reduction] if normalizer is None else _NORMALIZER_CODE
 
 
-_SIGMOID_CROSS_ENTROPY = _Loss("sigmoid_cross_entropy", rowwise=False)
-_MULTILABEL_CATEGORICAL_CROSSENTROPY = _Loss("multilabel_categorical_crossentropy", rowwise=True)
+_LOSSES = {
+    loss.name: loss
+    for loss in (
+        _Loss("sigmoid_cross_entropy"),
+        _Loss("binary_cross_entropy"),
+        _Loss("sigmoid_focal_loss"),
+        _Loss("asymmetric_loss"),
+        _Loss("multilabel_categorical_crossentropy", rowwise=True, has_threshold=True),
+        _Loss("multilabel_ranking_loss", rowwise=True),
+    )
+}
+
+# The functions below take checked arguments, logits ``[N, C]``; reference.py has the same ones.
+
+
+def _pointwise(
+    name: str,
+    input: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    own: tuple[Any, ...],
+    *,
+    weight: Tensor | None,
+    label_smoothing: float,
+    ignore_index: float | None,
+    normalizer: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """Call a loss that is a sum over elements; `own` is what its schema has behind the weight."""
+    arguments = (
+        *_flat(target, mask),
+        ignore_index,
+        weight,
+        *own,
+        label_smoothing,
+        normalizer,
+        _reduction_code(reduction, normalizer),
+    )
+    return _LOSSES[name](input, arguments, differentiable=input.requires_grad)
 
 
 def sigmoid_cross_entropy(
     input: Tensor,
     target: Labels,
     mask: Labels | None,
-    weight: Tensor | None,
+    *,
     pos_weight: Tensor | None,
-    normalizer: Tensor | None,
-    label_smoothing: float,
-    ignore_index: float | None,
-    reduction: str,
+    **shared: Any,
 ) -> Tensor:
-    """Run the native sigmoid cross-entropy on checked arguments, logits ``[N, C]``."""
-    arguments = (
-        *_flat(target, mask),
-        ignore_index,
-        weight,
+    """Run the native sigmoid cross-entropy."""
+    return _pointwise("sigmoid_cross_entropy", input, target, mask, (pos_weight,), **shared)
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    *,
+    pos_weight: Tensor | None,
+    eps: float | None,
+    **shared: Any,
+) -> Tensor:
+    """Run the native binary cross-entropy of probabilities."""
+    own = (pos_weight, 0.0 if eps is None else eps)
+    return _pointwise("binary_cross_entropy", input, target, mask, own, **shared)
+
+
+def sigmoid_focal_loss(
+    input: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    *,
+    pos_weight: Tensor | None,
+    alpha: Tensor | float | None,
+    gamma: Tensor | float,
+    **shared: Any,
+) -> Tensor:
+    """Run the native focal loss."""
+    factors = (1.0, 1.0)
+    if alpha is not None and not isinstance(alpha, Tensor):
+        factors = (alpha, 1.0 - alpha)
+    own = (
         pos_weight,
-        label_smoothing,
-        normalizer,
-        _reduction_code(reduction, normalizer),
+        alpha if isinstance(alpha, Tensor) else None,
+        gamma if isinstance(gamma, Tensor) else None,
+        *factors,
+        0.0 if isinstance(gamma, Tensor) else gamma,
     )
-    return _SIGMOID_CROSS_ENTROPY(input, arguments, differentiable=input.requires_grad)
+    return _pointwise("sigmoid_focal_loss", input, target, mask, own, **shared)
+
+
+def asymmetric_loss(
+    input: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    *,
+    gamma_neg: float,
+    gamma_pos: float,
+    clip: float,
+    detach_focal: bool,
+    **shared: Any,
+) -> Tensor:
+    """Run the native asymmetric loss."""
+    own = (gamma_neg, gamma_pos, clip, float(detach_focal))
+    return _pointwise("asymmetric_loss", input, target, mask, own, **shared)
 
 
 def multilabel_categorical_crossentropy(
     input: Tensor,
     target: Labels,
     mask: Labels | None,
+    *,
     threshold: Tensor,
     weight: Tensor | None,
-    normalizer: Tensor | None,
     ignore_index: float | None,
+    normalizer: Tensor | None,
     reduction: str,
 ) -> Tensor:
-    """Run the native ZLPR on checked arguments, logits ``[N, C]``, threshold ``[N]``."""
+    """Run the native ZLPR, threshold ``[N]``."""
     arguments = (
         *_flat(target, mask),
         ignore_index,
@@ -317,9 +401,30 @@ def multilabel_categorical_crossentropy(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
-    return _MULTILABEL_CATEGORICAL_CROSSENTROPY(
+    return _LOSSES["multilabel_categorical_crossentropy"](
         input, arguments, differentiable=input.requires_grad or threshold.requires_grad
     )
+
+
+def multilabel_ranking_loss(
+    input: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    *,
+    weight: Tensor | None,
+    ignore_index: float | None,
+    normalizer: Tensor | None,
+    reduction: str,
+) -> Tensor:
+    """Run the native ranking loss."""
+    arguments = (
+        *_flat(target, mask),
+        ignore_index,
+        weight,
+        normalizer,
+        _reduction_code(reduction, normalizer),
+    )
+    return _LOSSES["multilabel_ranking_loss"](input, arguments, differentiable=input.requires_grad)
 
 
 def _load() -> None:
@@ -335,5 +440,5 @@ def _load() -> None:
 _load()
 if _kernels:
     _library = torch.library.Library("mlloss_cuda", "IMPL")
-    _register(_SIGMOID_CROSS_ENTROPY)
-    _register(_MULTILABEL_CATEGORICAL_CROSSENTROPY)
+    for _loss in _LOSSES.values():
+        _register(_loss)

@@ -21,18 +21,18 @@ from typing import Any
 import pytest
 import torch
 
-from mlloss_cuda import build_information, functional, ops, targets
+from mlloss_cuda import arguments, build_information, ops, targets
 from tests.emulation.build import load_or_skip
 
 THREAD_ORDERS = ("ascending", "descending", "shuffled")
 
-# How many of a kernel's arguments, the last ones, are outputs.
-OUTPUTS = {
-    "sigmoid_cross_entropy_out": 2,
-    "sigmoid_cross_entropy_backward_out": 1,
-    "multilabel_categorical_crossentropy_out": 3,
-    "multilabel_categorical_crossentropy_backward_out": 2,
-}
+def _number_of_outputs(kernel: str) -> int:
+    """How many of a kernel's arguments, the last ones, are outputs."""
+    backward = kernel.endswith("_backward_out")
+    loss = ops._LOSSES[kernel.removesuffix("_backward_out" if backward else "_out")]
+    if backward:
+        return 2 if loss.has_threshold else 1  # gradients
+    return 3 if loss.rowwise else 2  # loss, statistics, scale
 
 
 class PoisonedOutputs:
@@ -43,9 +43,10 @@ class PoisonedOutputs:
 
     def __getattr__(self, name: str) -> Any:
         kernel = getattr(self.kernels, name)
+        outputs = _number_of_outputs(name)
 
         def call(*arguments: Any) -> None:
-            for output in arguments[-OUTPUTS[name] :]:
+            for output in arguments[-outputs:]:
                 output.fill_(math.nan)
             kernel(*arguments)
 
@@ -126,7 +127,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at no contents, as on a GPU, where that would need a synchronisation."""
-    for module in (functional, targets):
+    for module in (arguments, targets):
         monkeypatch.setattr(module, "contents_may_be_checked", lambda _: False)
 
 

@@ -1,5 +1,6 @@
 #include "cpu/convert.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/isa.h"
@@ -93,29 +94,62 @@ MLLOSS_INLINE void load_bools(const void* data, int64_t offset, int64_t stride, 
   for (int i = 0; i < count; ++i) out[i] = source[i * stride] != 0 ? Real(1) : Real(0);
 }
 
+template <class T>
+struct TypeTag {
+  using Type = T;
+};
+
+// Calls run(TypeTag<type>) for any dtype but bool.
+template <class Run>
+MLLOSS_INLINE void dispatch(Element element, const Run& run) {
+  switch (element) {
+    case Element::kBool:
+    case Element::kUint8:
+      return run(TypeTag<uint8_t>{});
+    case Element::kInt8:
+      return run(TypeTag<int8_t>{});
+    case Element::kInt32:
+      return run(TypeTag<int32_t>{});
+    case Element::kInt64:
+      return run(TypeTag<int64_t>{});
+    case Element::kHalf:
+      return run(TypeTag<Half>{});
+    case Element::kBFloat16:
+      return run(TypeTag<BFloat16>{});
+    case Element::kFloat:
+      return run(TypeTag<float>{});
+    case Element::kDouble:
+      return run(TypeTag<double>{});
+  }
+}
+
 template <class Real>
 MLLOSS_INLINE void load_any(const void* data, Element element, int64_t offset, int64_t stride,
                             int count, Real* out) {
-  switch (element) {
-    case Element::kBool:
-      return load_bools(data, offset, stride, count, out);
-    case Element::kUint8:
-      return load_run<uint8_t>(data, offset, stride, count, out);
-    case Element::kInt8:
-      return load_run<int8_t>(data, offset, stride, count, out);
-    case Element::kInt32:
-      return load_run<int32_t>(data, offset, stride, count, out);
-    case Element::kInt64:
-      return load_run<int64_t>(data, offset, stride, count, out);
-    case Element::kHalf:
-      return load_run<Half>(data, offset, stride, count, out);
-    case Element::kBFloat16:
-      return load_run<BFloat16>(data, offset, stride, count, out);
-    case Element::kFloat:
-      return load_run<float>(data, offset, stride, count, out);
-    case Element::kDouble:
-      return load_run<double>(data, offset, stride, count, out);
-  }
+  if (element == Element::kBool) return load_bools(data, offset, stride, count, out);
+  dispatch(element, [=](auto tag) __attribute__((always_inline)) {
+    load_run<typename decltype(tag)::Type>(data, offset, stride, count, out);
+  });
+}
+
+template <class Real>
+void gather_any(const void* data, Element element, int64_t offset, int64_t stride,
+                const int64_t* columns, int count, Real* out) {
+  dispatch(element, [=](auto tag) {
+    const auto* source = static_cast<const typename decltype(tag)::Type*>(data) + offset;
+    for (int i = 0; i < count; ++i) {
+      out[i] = static_cast<Real>(widen(source[columns[i] * stride]));
+    }
+  });
+  if (element != Element::kBool) return;
+  for (int i = 0; i < count; ++i) out[i] = out[i] != 0 ? Real(1) : Real(0);
+}
+
+template <class T, class Real>
+void scatter_run(const Real* values, const int64_t* columns, int count, void* data,
+                 int64_t offset) {
+  T* out = static_cast<T*>(data) + offset;
+  for (int i = 0; i < count; ++i) narrow(values[i], out + columns[i]);
 }
 
 template <class T, class Real>
@@ -139,6 +173,33 @@ void load(const void* data, Element element, int64_t offset, int64_t stride, int
   load_any(data, element, offset, stride, count, out);
 }
 
+void gather(const void* data, Element element, int64_t offset, int64_t stride,
+            const int64_t* columns, int count, float* out) {
+  gather_any(data, element, offset, stride, columns, count, out);
+}
+
+void gather(const void* data, Element element, int64_t offset, int64_t stride,
+            const int64_t* columns, int count, double* out) {
+  gather_any(data, element, offset, stride, columns, count, out);
+}
+
+void scatter(const float* values, const int64_t* columns, int count, void* data, Element element,
+             int64_t offset) {
+  switch (element) {
+    case Element::kHalf:
+      return scatter_run<Half>(values, columns, count, data, offset);
+    case Element::kBFloat16:
+      return scatter_run<BFloat16>(values, columns, count, data, offset);
+    default:
+      return scatter_run<float>(values, columns, count, data, offset);
+  }
+}
+
+void scatter(const double* values, const int64_t* columns, int count, void* data, Element,
+             int64_t offset) {
+  scatter_run<double>(values, columns, count, data, offset);
+}
+
 MLLOSS_CLONES
 void store(const float* values, int count, void* data, Element element, int64_t offset) {
   switch (element) {
@@ -153,6 +214,20 @@ void store(const float* values, int count, void* data, Element element, int64_t 
 
 void store(const double* values, int count, void* data, Element, int64_t offset) {
   std::memcpy(static_cast<double*>(data) + offset, values, sizeof(double) * count);
+}
+
+void fill(float value, int64_t count, void* data, Element element, int64_t offset) {
+  if (element == Element::kFloat) {
+    std::fill_n(static_cast<float*>(data) + offset, count, value);
+    return;
+  }
+  uint16_t bits;
+  store(&value, 1, &bits, element, 0);
+  std::fill_n(static_cast<uint16_t*>(data) + offset, count, bits);
+}
+
+void fill(double value, int64_t count, void* data, Element, int64_t offset) {
+  std::fill_n(static_cast<double*>(data) + offset, count, value);
 }
 
 int64_t element_size(Element element) {

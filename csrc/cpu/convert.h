@@ -11,9 +11,31 @@ void load(const void* data, Element element, int64_t offset, int64_t stride, int
 void load(const void* data, Element element, int64_t offset, int64_t stride, int count,
           double* out);
 
+// out[i] = data[offset + columns[i] * stride], i < count.
+void gather(const void* data, Element element, int64_t offset, int64_t stride,
+            const int64_t* columns, int count, float* out);
+void gather(const void* data, Element element, int64_t offset, int64_t stride,
+            const int64_t* columns, int count, double* out);
+
+// data[offset + columns[i]] = values[i], rounded to nearest even; for the dtypes of logits.
+void scatter(const float* values, const int64_t* columns, int count, void* data, Element element,
+             int64_t offset);
+void scatter(const double* values, const int64_t* columns, int count, void* data, Element element,
+             int64_t offset);
+
 // data[offset + i] = values[i], rounded to nearest even; for the dtypes of logits.
 void store(const float* values, int count, void* data, Element element, int64_t offset);
 void store(const double* values, int count, void* data, Element element, int64_t offset);
+
+// data[offset + i] = value, i < count; for the dtypes of logits.
+void fill(float value, int64_t count, void* data, Element element, int64_t offset);
+void fill(double value, int64_t count, void* data, Element element, int64_t offset);
+
+// Fills a row of a contiguous [N, C] gradient.
+template <class Real>
+void fill_row(Real value, const Problem& problem, int64_t row, void* grad_input) {
+  fill(value, problem.columns, grad_input, problem.element, row * problem.columns);
+}
 
 int64_t element_size(Element element);
 

@@ -1,18 +1,23 @@
-// The CPU kernels, one source file per loss.
+// The CPU kernels, one source file per loss: cpu::<loss>::forward and cpu::<loss>::backward.
 #pragma once
+#include "losses.h"
 #include "problem.h"
 
 namespace mlloss::cpu {
 
-void sigmoid_cross_entropy_forward(const PointwiseProblem& problem, double label_smoothing,
-                                   const ForwardOutput& output);
-void sigmoid_cross_entropy_backward(const PointwiseProblem& problem, double label_smoothing,
-                                    const BackwardInput& input, const BackwardOutput& output);
+#define MLLOSS_DECLARE(name, Problem)                                                              \
+  namespace name {                                                                                 \
+  void forward(const Problem& problem, const ForwardOutput& output);                               \
+  void backward(const Problem& problem, const BackwardInput& input, const BackwardOutput& output); \
+  }
+#define MLLOSS_DECLARE_POINTWISE(name, ...) MLLOSS_DECLARE(name, PointwiseProblem)
+#define MLLOSS_DECLARE_ROWWISE(name, ...) MLLOSS_DECLARE(name, RowwiseProblem)
 
-void multilabel_categorical_crossentropy_forward(const RowwiseProblem& problem,
-                                                 const ForwardOutput& output);
-void multilabel_categorical_crossentropy_backward(const RowwiseProblem& problem,
-                                                  const BackwardInput& input,
-                                                  const BackwardOutput& output);
+MLLOSS_POINTWISE_LOSSES(MLLOSS_DECLARE_POINTWISE)
+MLLOSS_ROWWISE_LOSSES(MLLOSS_DECLARE_ROWWISE)
+
+#undef MLLOSS_DECLARE_ROWWISE
+#undef MLLOSS_DECLARE_POINTWISE
+#undef MLLOSS_DECLARE
 
 }  // namespace mlloss::cpu

@@ -1,6 +1,7 @@
 #include "cpu/labels.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -75,6 +76,15 @@ MLLOSS_CLONES void both(const uint8_t* a, const uint8_t* b, int count, uint8_t* 
   for (int i = 0; i < count; ++i) out[i] = (a[i] != 0) & (b[i] != 0);
 }
 
+// bytes[i] = bit i of the words, for whole words.
+MLLOSS_CLONES void expand(const uint32_t* words, int count, uint8_t* bytes) {
+  for (int w = 0; w < count; ++w) {
+    const uint32_t word = words[w];
+#pragma omp simd
+    for (int i = 0; i < kWordBits; ++i) bytes[w * kWordBits + i] = word >> i & 1u;
+  }
+}
+
 MLLOSS_CLONES int count_bytes(const uint8_t* bytes, int count) {
   int total = 0;
 #pragma omp simd reduction(+ : total)
@@ -86,53 +96,178 @@ MLLOSS_CLONES int count_bytes(const uint8_t* bytes, int count) {
 
 int64_t count_nonzero(const uint8_t* bytes, int count) { return loops::count_bytes(bytes, count); }
 
+int64_t count_bits(const uint32_t* words, int count) {
+  int64_t total = 0;
+  for (int w = 0; w < count / kWordBits; ++w) total += std::popcount(words[w]);
+  const int rest = count % kWordBits;
+  if (rest > 0) total += std::popcount(words[count / kWordBits] & ((1u << rest) - 1));
+  return total;
+}
+
+namespace {
+
+bool is_sparse(const Labels& labels) {
+  return labels.format == Format::kSparse || labels.format == Format::kObserved;
+}
+
+const uint32_t* words_of(const Labels& labels, int64_t row) {
+  return static_cast<const uint32_t*>(labels.data) + row * labels.row_stride;
+}
+
+enum class Bits { kNone, kSome, kAll };
+
+// What packed labels [begin, begin + count) of a row are. Tiles and pieces begin at multiples of a
+// word.
+Bits examine(const uint32_t* words, int count) {
+  const int whole = count / kWordBits, rest = count % kWordBits;
+  uint32_t any = 0, all = ~0u;
+  for (int w = 0; w < whole; ++w) {
+    any |= words[w];
+    all &= words[w];
+  }
+  if (rest > 0) {
+    // Bits beyond the row may be anything.
+    const uint32_t inside = (1u << rest) - 1;
+    any |= words[whole] & inside;
+    all &= words[whole] | ~inside;
+  }
+  return any == 0 ? Bits::kNone : all == ~0u ? Bits::kAll : Bits::kSome;
+}
+
+int words_for(int count) { return (count + kWordBits - 1) / kWordBits; }
+
+// The labels in [first, last) as bits.
+void mark(const int64_t* first, const int64_t* last, int count, uint32_t* bits) {
+  std::fill_n(bits, words_for(count), 0u);
+  for (auto column = first; column != last; ++column) {
+    const int64_t place = *column % kTile;
+    bits[place / kWordBits] |= 1u << (place % kWordBits);
+  }
+}
+
+}  // namespace
+
+bool is_set(const Labels& labels, int64_t row, int64_t column) {
+  if (labels.data == nullptr) return true;
+  if (labels.format == Format::kPacked) {
+    return words_of(labels, row)[column / kWordBits] >> (column % kWordBits) & 1u;
+  }
+  return static_cast<const uint8_t*>(
+             labels.data)[row * labels.row_stride + column * labels.column_stride] != 0;
+}
+
+namespace {
+
+// The entries of a row; false if the offsets are no valid boundaries.
+bool find_entries(const Labels& labels, int64_t row, int64_t* first, int64_t* last) {
+  *first = index_at(labels.offsets, labels.element, row);
+  *last = index_at(labels.offsets, labels.element, row + 1);
+  return *first >= 0 && *first <= *last && *last <= labels.entries;
+}
+
+// Invalid values come out above every valid one, so that they win over duplicates; NaN when read.
+double value_of(const Labels& labels, int64_t entry) {
+  double value;
+  load(labels.values, labels.values_element, entry, 1, 1, &value);
+  return value >= 0 && value <= 1 ? value : std::numeric_limits<double>::infinity();
+}
+
+}  // namespace
+
+template <class Index>
+bool SparseRow::scan(const Index* indices, const Labels& labels, int64_t first, int64_t last,
+                     int64_t begin, int64_t end, int64_t columns) {
+  const bool has_values = labels.values != nullptr;
+  columns_.resize(last - first);
+  values_.resize(has_values ? last - first : 0);
+  size_t count = 0;
+  int64_t tile = 0;
+  bool valid = true;
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t column = indices[i];
+    valid &= column < columns;
+    if (column < begin || column >= end) continue;
+    columns_[count] = column - begin;
+    if (has_values) values_[count] = value_of(labels, i);
+    ++count;
+    is_ordered_ &= (column - begin) / kTile >= tile;
+    tile = (column - begin) / kTile;
+  }
+  columns_.resize(count);
+  if (has_values) values_.resize(count);
+  return valid;
+}
+
+// Counting sort: however long the row, its ids are touched twice.
+void SparseRow::order_by_tile(int64_t tiles) {
+  places_.assign(tiles + 1, 0);
+  for (const int64_t column : columns_) ++places_[column / kTile + 1];
+  for (int64_t tile = 0; tile < tiles; ++tile) places_[tile + 1] += places_[tile];
+  ordered_columns_.resize(columns_.size());
+  ordered_values_.resize(values_.size());
+  for (size_t i = 0; i < columns_.size(); ++i) {
+    const int64_t place = places_[columns_[i] / kTile]++;
+    ordered_columns_[place] = columns_[i];
+    if (!values_.empty()) ordered_values_[place] = values_[i];
+  }
+  columns_.swap(ordered_columns_);
+  values_.swap(ordered_values_);
+}
+
 bool SparseRow::start(const Labels& labels, int64_t row, int64_t begin, int64_t end,
                       int64_t columns) {
-  entries_.clear();
   cursor_ = 0;
-  const int64_t first = index_at(labels.offsets, labels.element, row);
-  const int64_t last = index_at(labels.offsets, labels.element, row + 1);
-  if (first < 0 || first > last || last > labels.entries) return false;
-  bool valid = true;
+  tile_ = 0;
+  is_ordered_ = true;
+  int64_t first, last;
+  if (!find_entries(labels, row, &first, &last)) return false;
+  const bool valid =
+      labels.element == Element::kInt32
+          ? scan(static_cast<const int32_t*>(labels.data), labels, first, last, begin, end, columns)
+          : scan(static_cast<const int64_t*>(labels.data), labels, first, last, begin, end,
+                 columns);
+  if (!is_ordered_) order_by_tile((end - begin + kTile - 1) / kTile);
+  return valid;
+}
+
+SparseRow::Range SparseRow::next() {
+  const size_t first = cursor_;
+  const int64_t end = ++tile_ * kTile;
+  while (cursor_ < columns_.size() && columns_[cursor_] < end) ++cursor_;
+  return {columns_.data() + first, columns_.data() + cursor_,
+          values_.empty() ? nullptr : values_.data() + first};
+}
+
+bool SparseSet::start(const Labels& labels, int64_t row, int64_t columns) {
+  entries_.clear();
+  int64_t first, last;
+  if (!find_entries(labels, row, &first, &last)) return false;
+  bool valid = true, sorted = true;
   for (int64_t i = first; i < last; ++i) {
     const int64_t column = index_at(labels.data, labels.element, i);
     valid &= column < columns;
-    if (column < begin || column >= end) continue;
-    double value = 1;
-    if (labels.values != nullptr) {
-      load(labels.values, labels.values_element, i, 1, 1, &value);
-      // Above every valid value, so that it wins over duplicates; NaN when it is read.
-      if (!(value >= 0 && value <= 1)) value = std::numeric_limits<double>::infinity();
-    }
-    entries_.push_back({column, value});
+    if (column < 0) continue;
+    sorted &= entries_.empty() || entries_.back().column < column;
+    entries_.push_back({column, labels.values == nullptr ? 1.0 : value_of(labels, i)});
   }
   if (!valid) return false;
-  const auto before = [](const Entry& a, const Entry& b) {
+  if (sorted) return true;
+  // Of duplicates the largest value comes first, and stays.
+  std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) {
     return a.column != b.column ? a.column < b.column : a.value > b.value;
-  };
-  if (!std::is_sorted(entries_.begin(), entries_.end(), before)) {
-    std::sort(entries_.begin(), entries_.end(), before);
-  }
-  // Of duplicates the first stays: the largest value.
+  });
   const auto same = [](const Entry& a, const Entry& b) { return a.column == b.column; };
   entries_.erase(std::unique(entries_.begin(), entries_.end(), same), entries_.end());
   return true;
-}
-
-SparseRow::Range SparseRow::next(int64_t begin, int count) {
-  while (cursor_ < entries_.size() && entries_[cursor_].column < begin) ++cursor_;
-  const size_t first = cursor_;
-  while (cursor_ < entries_.size() && entries_[cursor_].column < begin + count) ++cursor_;
-  return {entries_.data() + first, entries_.data() + cursor_};
 }
 
 template <class Real>
 void LabelReader<Real>::start_row(int64_t row, int64_t begin, int64_t end) {
   row_ = row;
   const bool target_is_valid =
-      problem_.target.format != Format::kSparse ||
+      !is_sparse(problem_.target) ||
       target_row_.start(problem_.target, row, begin, end, problem_.columns);
-  mask_is_valid_ = problem_.mask.format != Format::kSparse ||
+  mask_is_valid_ = !is_sparse(problem_.mask) ||
                    mask_row_.start(problem_.mask, row, begin, end, problem_.columns);
   row_is_valid_ = target_is_valid && mask_is_valid_;
 }
@@ -158,21 +293,44 @@ void LabelReader<Real>::read_target(int64_t begin, int count, LabelTile<Real>& t
     read_dense_target(begin, count, tile);
     return;
   }
-  const auto [first, last] = target_row_.next(begin, count);
+  if (problem_.target.format == Format::kPacked) {
+    read_packed_target(begin, count, tile);
+    return;
+  }
+  const auto [first, last, values] = target_row_.next();
   if (first == last) return;
-  if (problem_.target.values == nullptr) {
+  if (carrier_ == Carrier::kBits) {
+    mark(first, last, count, hard_bits_);
+    tile.kind = TargetKind::kHard;
+    tile.hard_bits = hard_bits_;
+  } else if (values == nullptr) {
     std::memset(hard_, 0, count);
-    for (auto entry = first; entry != last; ++entry) hard_[entry->column - begin] = 1;
+    for (auto column = first; column != last; ++column) hard_[*column % kTile] = 1;
     tile.kind = TargetKind::kHard;
     tile.hard = hard_;
   } else {
     std::fill_n(soft_, count, Real(0));
-    for (auto entry = first; entry != last; ++entry) {
-      soft_[entry->column - begin] = static_cast<Real>(entry->value);
+    // Of duplicates the largest value counts.
+    for (auto column = first; column != last; ++column) {
+      Real& value = soft_[*column % kTile];
+      value = std::max(value, static_cast<Real>(values[column - first]));
     }
     loops::validate(soft_, count);
     tile.kind = TargetKind::kSoft;
     tile.soft = soft_;
+  }
+}
+
+template <class Real>
+void LabelReader<Real>::read_packed_target(int64_t begin, int count, LabelTile<Real>& tile) {
+  const uint32_t* words = words_of(problem_.target, row_) + begin / kWordBits;
+  if (examine(words, count) == Bits::kNone) return;
+  tile.kind = TargetKind::kHard;
+  if (carrier_ == Carrier::kBits) {
+    tile.hard_bits = words;
+  } else {
+    loops::expand(words, words_for(count), hard_);
+    tile.hard = hard_;
   }
 }
 
@@ -208,12 +366,29 @@ template <class Real>
 void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& tile) {
   const Labels& mask = problem_.mask;
   if (mask.data == nullptr) return;
+  // The targets of an invalid row are numbers, beside which the loops take bytes.
+  const bool as_bits = carrier_ == Carrier::kBits && row_is_valid_;
   const uint8_t* bytes = observed_;
   if (mask.format == Format::kSparse) {
-    const auto [first, last] = mask_row_.next(begin, count);
+    const auto [first, last, values] = mask_row_.next();
     tile.empty = first == last;
+    if (as_bits) {
+      mark(first, last, count, observed_bits_);
+      tile.observed_bits = observed_bits_;
+      return;
+    }
     std::memset(observed_, 0, count);
-    for (auto entry = first; entry != last; ++entry) observed_[entry->column - begin] = 1;
+    for (auto column = first; column != last; ++column) observed_[*column % kTile] = 1;
+  } else if (mask.format == Format::kPacked) {
+    const uint32_t* words = words_of(mask, row_) + begin / kWordBits;
+    const Bits bits = examine(words, count);
+    if (bits == Bits::kAll) return;
+    tile.empty = bits == Bits::kNone;
+    if (as_bits) {
+      tile.observed_bits = words;
+      return;
+    }
+    loops::expand(words, words_for(count), observed_);
   } else {
     const uint8_t* source = static_cast<const uint8_t*>(mask.data) + row_ * mask.row_stride +
                             begin * mask.column_stride;

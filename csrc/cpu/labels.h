@@ -21,37 +21,81 @@ struct LabelTile {
   const Real* soft = nullptr;           // kSoft: [count], NaN where the target is invalid
   const uint8_t* observed = nullptr;    // [count], nonzero = use; nullptr = use everything
   bool empty = false;                   // nothing is observed
+  // In the place of `hard` and `observed` for a reader of bits: [count / 32 rounded up], those
+  // beyond `count` are anything.
+  const uint32_t* hard_bits = nullptr;
+  const uint32_t* observed_bits = nullptr;
 };
 
-// The entries of one sparse row within a range of columns, as a set: sorted, without duplicates.
+// How a reader gives hard targets and masks.
+enum class Carrier { kBytes, kBits };
+
+// Whether labels can be read as bits: neither target nor mask has an element per label.
+inline bool has_bits(const Problem& problem) {
+  const auto is_list = [](const Labels& labels) {
+    return labels.data == nullptr || labels.format == Format::kPacked ||
+           (labels.format == Format::kSparse && labels.values == nullptr);
+  };
+  return is_list(problem.target) && is_list(problem.mask);
+}
+
+// The entries of one sparse row within a range of columns, tile by tile. Within a tile they are in
+// any order and may repeat.
 class SparseRow {
  public:
-  struct Entry {
-    int64_t column;
-    double value;
-  };
-
   // Returns false if the row has an index beyond `columns` or invalid offsets.
   bool start(const Labels& labels, int64_t row, int64_t begin, int64_t end, int64_t columns);
 
-  // The entries in [begin, begin + count); calls go from left to right.
+  // The entries of the next tile, from left to right.
   struct Range {
-    const Entry* first;
-    const Entry* last;
+    const int64_t* first;  // columns, counted from the beginning of the range
+    const int64_t* last;
+    const double* values;  // or nullptr; infinity where invalid
   };
-  Range next(int64_t begin, int count);
+  Range next();
+
+ private:
+  template <class Index>
+  bool scan(const Index* indices, const Labels& labels, int64_t first, int64_t last, int64_t begin,
+            int64_t end, int64_t columns);
+  void order_by_tile(int64_t tiles);
+
+  std::vector<int64_t> columns_, ordered_columns_;
+  std::vector<double> values_, ordered_values_;
+  std::vector<int64_t> places_;
+  bool is_ordered_ = true;
+  int64_t tile_ = 0;
+  size_t cursor_ = 0;
+};
+
+// The entries of one sparse row as a set: sorted, without duplicates.
+class SparseSet {
+ public:
+  struct Entry {
+    int64_t column;
+    double value;  // infinity where invalid
+  };
+
+  // Returns false if the row has an index beyond `columns` or invalid offsets.
+  bool start(const Labels& labels, int64_t row, int64_t columns);
+
+  const Entry* begin() const { return entries_.data(); }
+  const Entry* end() const { return entries_.data() + entries_.size(); }
 
  private:
   std::vector<Entry> entries_;
-  size_t cursor_ = 0;
 };
+
+// Whether a row's column is set in dense bytes, in packed labels, or in no labels at all.
+bool is_set(const Labels& labels, int64_t row, int64_t column);
 
 template <class Real>
 class LabelReader {
  public:
-  // `prefer_hard`: report soft-typed targets as hard where a tile holds only 0 and 1.
-  LabelReader(const Problem& problem, bool prefer_hard)
-      : problem_(problem), prefer_hard_(prefer_hard) {}
+  // `prefer_hard`: report soft-typed targets as hard where a tile holds only 0 and 1. Bits are only
+  // for labels that have them.
+  LabelReader(const Problem& problem, bool prefer_hard, Carrier carrier)
+      : problem_(problem), prefer_hard_(prefer_hard), carrier_(carrier) {}
 
   // Columns [begin, end) of a row follow.
   void start_row(int64_t row, int64_t begin, int64_t end);
@@ -62,10 +106,12 @@ class LabelReader {
  private:
   void read_target(int64_t begin, int count, LabelTile<Real>& tile);
   void read_dense_target(int64_t begin, int count, LabelTile<Real>& tile);
+  void read_packed_target(int64_t begin, int count, LabelTile<Real>& tile);
   void read_mask(int64_t begin, int count, LabelTile<Real>& tile);
 
   const Problem& problem_;
   const bool prefer_hard_;
+  const Carrier carrier_;
   int64_t row_ = 0;
   bool row_is_valid_ = true;
   bool mask_is_valid_ = true;
@@ -75,8 +121,11 @@ class LabelReader {
   alignas(64) uint8_t hard_[kTile];
   alignas(64) uint8_t not_ignored_[kTile];
   alignas(64) uint8_t observed_[kTile];
+  alignas(64) uint32_t hard_bits_[kTile / kWordBits];
+  alignas(64) uint32_t observed_bits_[kTile / kWordBits];
 };
 
 int64_t count_nonzero(const uint8_t* bytes, int count);
+int64_t count_bits(const uint32_t* words, int count);
 
 }  // namespace mlloss::cpu

@@ -8,43 +8,32 @@
 namespace mlloss {
 namespace {
 
-struct CpuBackend : TorchTensors {
-  static void sigmoid_cross_entropy_forward(const Tensor&, const PointwiseProblem& problem,
-                                            double label_smoothing, const ForwardOutput& output) {
-    cpu::sigmoid_cross_entropy_forward(problem, label_smoothing, output);
-  }
+#define MLLOSS_KERNELS(name, ...)                                                             \
+  struct name##_kernels : TorchTensors {                                                      \
+    template <class Problem>                                                                  \
+    static void forward(const Tensor&, const Problem& problem, const ForwardOutput& output) { \
+      cpu::name::forward(problem, output);                                                    \
+    }                                                                                         \
+    template <class Problem>                                                                  \
+    static void backward(const Tensor&, const Problem& problem, const BackwardInput& input,   \
+                         const BackwardOutput& output) {                                      \
+      cpu::name::backward(problem, input, output);                                            \
+    }                                                                                         \
+  };
 
-  static void sigmoid_cross_entropy_backward(const Tensor&, const PointwiseProblem& problem,
-                                             double label_smoothing, const BackwardInput& input,
-                                             const BackwardOutput& output) {
-    cpu::sigmoid_cross_entropy_backward(problem, label_smoothing, input, output);
-  }
-
-  static void multilabel_categorical_crossentropy_forward(const Tensor&,
-                                                          const RowwiseProblem& problem,
-                                                          const ForwardOutput& output) {
-    cpu::multilabel_categorical_crossentropy_forward(problem, output);
-  }
-
-  static void multilabel_categorical_crossentropy_backward(const Tensor&,
-                                                           const RowwiseProblem& problem,
-                                                           const BackwardInput& input,
-                                                           const BackwardOutput& output) {
-    cpu::multilabel_categorical_crossentropy_backward(problem, input, output);
-  }
-};
-
-using Cpu = Operators<CpuBackend>;
+MLLOSS_POINTWISE_LOSSES(MLLOSS_KERNELS)
+MLLOSS_ROWWISE_LOSSES(MLLOSS_KERNELS)
+MLLOSS_POINTWISE_LOSSES(MLLOSS_POINTWISE_OPERATORS)
+MLLOSS_ROWWISE_LOSSES(MLLOSS_ROWWISE_OPERATORS)
 
 }  // namespace
 }  // namespace mlloss
 
 STABLE_TORCH_LIBRARY_IMPL(mlloss_cuda, CPU, m) {
-  using mlloss::Cpu;
-  m.impl("sigmoid_cross_entropy_out", TORCH_BOX(&Cpu::sigmoid_cross_entropy_out));
-  m.impl("sigmoid_cross_entropy_backward_out", TORCH_BOX(&Cpu::sigmoid_cross_entropy_backward_out));
-  m.impl("multilabel_categorical_crossentropy_out",
-         TORCH_BOX(&Cpu::multilabel_categorical_crossentropy_out));
-  m.impl("multilabel_categorical_crossentropy_backward_out",
-         TORCH_BOX(&Cpu::multilabel_categorical_crossentropy_backward_out));
+#define MLLOSS_REGISTER(name, ...)                                     \
+  m.impl(#name "_out", TORCH_BOX(&mlloss::name##_operators::forward)); \
+  m.impl(#name "_backward_out", TORCH_BOX(&mlloss::name##_operators::backward));
+  MLLOSS_POINTWISE_LOSSES(MLLOSS_REGISTER)
+  MLLOSS_ROWWISE_LOSSES(MLLOSS_REGISTER)
+#undef MLLOSS_REGISTER
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/convert.h"
+#include "cpu/entries.h"
 #include "cpu/isa.h"
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
@@ -16,68 +17,128 @@
 
 namespace mlloss::cpu {
 
-// A tile with its constants per element; nullptr = all ones.
+// A tile with its constants per element. Targets are smoothed already.
 template <class Real>
 struct PointwiseTile : Tile<Real> {
-  const Real* weight = nullptr;
-  const Real* pos_weight = nullptr;
+  const Real* weight = nullptr;  // nullptr = all ones
+  const Real* parameters[kMaxParameters] = {};
+  bool has_parameters = false;  // false: the parameters are all ones
 };
 
 // ---- Loops over a tile ----
 
-// Adds kLanes elements to the lanes of a grouped sum: q <- q + e + q e collects the logarithms'
-// argument. A tile gives each lane at most 32 elements, so q < 2^32.
-template <TargetKind kKind, bool kMasked, class Loss, class Real>
-MLLOSS_INLINE void add_to_groups(const Loss& loss, const Real* logits, const uint8_t* hard,
-                                 const Real* soft, const uint8_t* observed, Real* q, Real* linear) {
+struct BitTable {
+  uint32_t bit[kWordBits];
+  constexpr BitTable() : bit() {
+    for (int i = 0; i < kWordBits; ++i) bit[i] = 1u << i;
+  }
+  constexpr uint32_t operator[](int i) const { return bit[i]; }
+};
+alignas(64) constexpr BitTable kBits;
+
+// Element j of hard labels that are given as bytes, or as the bits of one word.
+MLLOSS_INLINE bool label_at(const uint8_t* bytes, int j) { return bytes[j] != 0; }
+// A table rather than a shift by j: every instruction set can compare vectors.
+MLLOSS_INLINE bool label_at(uint32_t bits, int j) { return (bits & kBits[j]) != 0; }
+
+// For losses that are softplus(z): adds kCount elements to as many lanes of a grouped sum. q <- q +
+// e
+// + q e collects the logarithms' argument. A tile gives each lane at most 32 elements, so q < 2^32.
+template <int kCount, TargetKind kKind, bool kMasked, class Loss, class Label, class Real>
+MLLOSS_INLINE void add_to_lanes(const Real* logits, Label hard, const Real* soft, Label observed,
+                                Real* q, Real* linear) {
 #pragma omp simd
-  for (int j = 0; j < kLanes; ++j) {
+  for (int j = 0; j < kCount; ++j) {
     Real x = logits[j];
     Real e, part;
     if constexpr (kKind == TargetKind::kSoft) {
       e = exp_nonpositive(-absolute(x));
-      part = loss.linear_part(x, loss.smoothed(soft[j]));
+      part = Loss::linear_part(x, soft[j]);
     } else {
       // With the sign of positives flipped, every element is a negative.
-      if constexpr (kKind == TargetKind::kHard) x = hard[j] != 0 ? -x : x;
+      if constexpr (kKind == TargetKind::kHard) x = label_at(hard, j) ? -x : x;
       e = exp_nonpositive(-absolute(x));
       part = positive_part(x);
     }
     if constexpr (kMasked) {
-      e = observed[j] != 0 ? e : Real(0);
-      part = observed[j] != 0 ? part : Real(0);
+      e = label_at(observed, j) ? e : Real(0);
+      part = label_at(observed, j) ? part : Real(0);
     }
     q[j] = q[j] * e + (q[j] + e);
     linear[j] += part;
   }
 }
 
-// Sum of L over a tile without weights: one logarithm per lane instead of one per element.
 template <TargetKind kKind, bool kMasked, class Loss, class Real>
-MLLOSS_INLINE double grouped_sum(const Loss& loss, const PointwiseTile<Real>& tile) {
+MLLOSS_INLINE void add_to_groups(const Real* logits, const uint8_t* hard, const Real* soft,
+                                 const uint8_t* observed, Real* q, Real* linear) {
+  add_to_lanes<kLanes, kKind, kMasked, Loss>(logits, hard, soft, observed, q, linear);
+}
+
+// Word by word, so that the bits of each become the lanes of a vector.
+template <TargetKind kKind, bool kMasked, class Loss, class Real>
+MLLOSS_INLINE void add_to_groups(const Real* logits, const uint32_t* hard, const Real* soft,
+                                 const uint32_t* observed, Real* q, Real* linear) {
+  static_assert(kLanes == 2 * kWordBits);
+  constexpr bool kHard = kKind == TargetKind::kHard;
+  add_to_lanes<kWordBits, kKind, kMasked, Loss>(logits, kHard ? hard[0] : 0u, soft,
+                                                kMasked ? observed[0] : 0u, q, linear);
+  add_to_lanes<kWordBits, kKind, kMasked, Loss>(logits + kWordBits, kHard ? hard[1] : 0u, soft,
+                                                kMasked ? observed[1] : 0u, q + kWordBits,
+                                                linear + kWordBits);
+}
+
+// What label_at takes: the bytes themselves, or a word of bits.
+MLLOSS_INLINE const uint8_t* labels_from(const uint8_t* bytes, int) { return bytes; }
+MLLOSS_INLINE uint32_t labels_from(const uint32_t* bits, int word) { return bits[word]; }
+
+// Labels of kLanes elements stand here from each other.
+template <class Label>
+constexpr int kLabelsPerGroup = sizeof(Label) == 1 ? kLanes : kLanes / kWordBits;
+
+// Sum of L over a tile without weights: one logarithm per lane instead of one per element. `hard`
+// and `observed` are bytes or bits.
+template <TargetKind kKind, bool kMasked, class Loss, class Label, class Real>
+MLLOSS_INLINE double grouped_sum(const PointwiseTile<Real>& tile, const Label* hard,
+                                 const Label* observed) {
+  constexpr int kStep = kLabelsPerGroup<Label>;
+  constexpr bool kIsBits = sizeof(Label) > 1;
   alignas(64) Real q[kLanes] = {};
   alignas(64) Real linear[kLanes] = {};
-  const LabelTile<Real>& labels = tile.labels;
+  const Real* soft = tile.labels.soft;
   int i = 0;
-  for (; i + kLanes <= tile.count; i += kLanes) {
-    // Of the next tile; prefetching never faults.
-    if constexpr (kKind == TargetKind::kHard) __builtin_prefetch(labels.hard + i + kTile);
-    if constexpr (kMasked) __builtin_prefetch(labels.observed + i + kTile);
-    add_to_groups<kKind, kMasked>(loss, tile.logits + i, labels.hard + i, labels.soft + i,
-                                  labels.observed + i, q, linear);
+  for (; i + kLanes <= tile.count; i += kLanes, hard += kStep, observed += kStep) {
+    if constexpr (kIsBits && kMasked) {
+      if ((observed[0] | observed[1]) == 0) continue;  // common where few labels are observed
+    } else if constexpr (!kIsBits) {
+      // Of the next tile; prefetching never faults.
+      if constexpr (kKind == TargetKind::kHard) __builtin_prefetch(hard + kTile);
+      if constexpr (kMasked) __builtin_prefetch(observed + kTile);
+    }
+    if constexpr (kIsBits && kKind == TargetKind::kHard) {
+      if ((hard[0] | hard[1]) == 0) {  // as nearly everywhere among many labels
+        add_to_groups<TargetKind::kNone, kMasked, Loss>(tile.logits + i, hard, soft, observed, q,
+                                                        linear);
+        continue;
+      }
+    }
+    add_to_groups<kKind, kMasked, Loss>(tile.logits + i, hard, soft + i, observed, q, linear);
   }
   if (i < tile.count) {
     // The rest, filled up with elements that are not observed.
-    alignas(64) Real logits[kLanes], soft[kLanes];
-    alignas(64) uint8_t hard[kLanes], observed[kLanes];
+    alignas(64) Real last_logits[kLanes], last_soft[kLanes];
+    alignas(64) uint8_t last_hard[kLanes], last_observed[kLanes];
     for (int j = 0; j < kLanes; ++j) {
       const bool inside = i + j < tile.count;
-      logits[j] = inside ? tile.logits[i + j] : Real(0);
-      if constexpr (kKind == TargetKind::kSoft) soft[j] = inside ? labels.soft[i + j] : Real(0);
-      if constexpr (kKind == TargetKind::kHard) hard[j] = inside ? labels.hard[i + j] : 0;
-      observed[j] = inside && (!kMasked || labels.observed[i + j] != 0);
+      last_logits[j] = inside ? tile.logits[i + j] : Real(0);
+      if constexpr (kKind == TargetKind::kSoft) last_soft[j] = inside ? soft[i + j] : Real(0);
+      const int word = kIsBits ? j / kWordBits : 0, place = kIsBits ? j % kWordBits : j;
+      if constexpr (kKind == TargetKind::kHard) {
+        last_hard[j] = inside && label_at(labels_from(hard, word), place);
+      }
+      last_observed[j] = inside && (!kMasked || label_at(labels_from(observed, word), place));
     }
-    add_to_groups<kKind, true>(loss, logits, hard, soft, observed, q, linear);
+    add_to_groups<kKind, true, Loss>(last_logits, last_hard, last_soft, last_observed, q, linear);
   }
   double sum = 0;
   Real parts[kLanes];
@@ -87,125 +148,159 @@ MLLOSS_INLINE double grouped_sum(const Loss& loss, const PointwiseTile<Real>& ti
   return sum;
 }
 
-// A tile as three numbers per element, whatever it was given as: what the loops with weights run
-// on.
+// mask * weight of a tile: 0 where masked.
 template <class Real>
-struct Operands {
-  // mask * weight: 0 where masked, NaN where the weight is negative.
-  alignas(64) Real factor[kTile];
-  alignas(64) Real target[kTile];
-  alignas(64) Real pos_weight[kTile];
+MLLOSS_INLINE void fill_factors(const PointwiseTile<Real>& tile, Real* factors) {
+  const Real* weight = tile.weight;
+  const uint8_t* observed = tile.labels.observed;
+  for (int i = 0; i < tile.count; ++i) factors[i] = weight == nullptr ? Real(1) : weight[i];
+  if (observed == nullptr) return;
+#pragma omp simd
+  for (int i = 0; i < tile.count; ++i) factors[i] = observed[i] != 0 ? factors[i] : Real(0);
+}
 
-  MLLOSS_INLINE explicit Operands(const PointwiseTile<Real>& tile) {
-    fill_factors(tile, factor);
-    fill_targets(tile.labels, tile.count, target);
-    for (int i = 0; i < tile.count; ++i) pos_weight[i] = 1;
-    if (tile.pos_weight == nullptr) return;
-#pragma omp simd
-    for (int i = 0; i < tile.count; ++i) {
-      pos_weight[i] = tile.pos_weight[i] < 0 ? kNaN<Real> : tile.pos_weight[i];
-    }
-  }
-
-  MLLOSS_INLINE static void fill_factors(const PointwiseTile<Real>& tile, Real* factors) {
-    for (int i = 0; i < tile.count; ++i) factors[i] = 1;
-    if (tile.weight != nullptr) {
-#pragma omp simd
-      for (int i = 0; i < tile.count; ++i) {
-        factors[i] = tile.weight[i] < 0 ? kNaN<Real> : tile.weight[i];
-      }
-    }
-    if (tile.labels.observed != nullptr) {
-#pragma omp simd
-      for (int i = 0; i < tile.count; ++i) {
-        factors[i] = tile.labels.observed[i] != 0 ? factors[i] : Real(0);
-      }
-    }
-  }
-
-  MLLOSS_INLINE static void fill_targets(const LabelTile<Real>& labels, int count, Real* targets) {
-    if (labels.kind == TargetKind::kSoft) {
-      for (int i = 0; i < count; ++i) targets[i] = labels.soft[i];
-    } else if (labels.kind == TargetKind::kHard) {
-#pragma omp simd
-      for (int i = 0; i < count; ++i) targets[i] = labels.hard[i] != 0 ? Real(1) : Real(0);
-    } else {
-      for (int i = 0; i < count; ++i) targets[i] = 0;
-    }
-  }
-};
+template <class Loss, class Real>
+MLLOSS_INLINE typename Loss::Parameters parameters_at(const PointwiseTile<Real>& tile, int i) {
+  typename Loss::Parameters parameters;
+  for (int k = 0; k < Loss::kParameters; ++k) parameters.value[k] = tile.parameters[k][i];
+  return parameters;
+}
 
 // Weighted losses of a tile, one by one, written to `losses` [count].
-template <class Loss, class Real>
+template <TargetKind kKind, class Loss, class Real>
 MLLOSS_INLINE void weighted_losses(const Loss& loss, const PointwiseTile<Real>& tile,
                                    Real* losses) {
-  const Operands<Real> operands(tile);
+  alignas(64) Real factors[kTile];
+  fill_factors(tile, factors);
+  const uint8_t* hard = tile.labels.hard;
+  const Real* soft = tile.labels.soft;
 #pragma omp simd
   for (int i = 0; i < tile.count; ++i) {
-    const Real factor = operands.factor[i];
-    const Real y = loss.smoothed(operands.target[i]);
-    const Real value = factor * loss.loss(tile.logits[i], y, operands.pos_weight[i]);
-    losses[i] = factor == 0 ? Real(0) : value;
+    const auto parameters = parameters_at<Loss>(tile, i);
+    Real value;
+    if constexpr (kKind == TargetKind::kSoft) {
+      value = loss.soft_loss(tile.logits[i], soft[i], parameters);
+    } else {
+      const bool positive = kKind == TargetKind::kHard && hard[i] != 0;
+      value = loss.loss(tile.logits[i], positive, parameters);
+    }
+    losses[i] = factors[i] == 0 ? Real(0) : factors[i] * value;
   }
 }
 
-// scale * factor * dL/dx of a tile, written to `gradients` [count].
-template <class Loss, class Real>
+// scale * mask * weight * dL/dx of a tile, written to `gradients` [count].
+template <TargetKind kKind, class Loss, class Real>
 MLLOSS_INLINE void weighted_gradients(const Loss& loss, const PointwiseTile<Real>& tile, Real scale,
                                       Real* gradients) {
-  const Operands<Real> operands(tile);
+  alignas(64) Real factors[kTile];
+  fill_factors(tile, factors);
+  const uint8_t* hard = tile.labels.hard;
+  const Real* soft = tile.labels.soft;
 #pragma omp simd
   for (int i = 0; i < tile.count; ++i) {
-    const Real factor = operands.factor[i];
-    const Real y = loss.smoothed(operands.target[i]);
-    const Real value = scale * factor * loss.gradient(tile.logits[i], y, operands.pos_weight[i]);
-    gradients[i] = factor == 0 ? Real(0) : value;
+    const auto parameters = parameters_at<Loss>(tile, i);
+    Real value;
+    if constexpr (kKind == TargetKind::kSoft) {
+      value = loss.soft_gradient(tile.logits[i], soft[i], parameters);
+    } else {
+      const bool positive = kKind == TargetKind::kHard && hard[i] != 0;
+      value = loss.gradient(tile.logits[i], positive, parameters);
+    }
+    gradients[i] = factors[i] == 0 ? Real(0) : scale * factors[i] * value;
   }
 }
 
-// The same without weights and with hard targets: the sign of positives is flipped, and flipped
-// back.
-template <TargetKind kKind, bool kMasked, class Real>
-MLLOSS_INLINE void hard_gradients(const PointwiseTile<Real>& tile, Real scale, Real* gradients) {
+// The gradient of softplus(z) without weights: the sign of positives is flipped, and flipped back.
+template <TargetKind kKind, bool kMasked, class Label, class Real>
+MLLOSS_INLINE void softplus_gradients(const Real* logits, Label hard, Label observed, int count,
+                                      Real scale, Real* gradients) {
 #pragma omp simd
-  for (int i = 0; i < tile.count; ++i) {
-    Real x = tile.logits[i];
-    if constexpr (kKind == TargetKind::kHard) x = tile.labels.hard[i] != 0 ? -x : x;
+  for (int i = 0; i < count; ++i) {
+    Real x = logits[i];
+    if constexpr (kKind == TargetKind::kHard) x = label_at(hard, i) ? -x : x;
     const Real e = exp_nonpositive(-absolute(x));
     Real gradient = scale * ((x < 0 ? e : Real(1)) / (Real(1) + e));
-    if constexpr (kKind == TargetKind::kHard)
-      gradient = tile.labels.hard[i] != 0 ? -gradient : gradient;
-    if constexpr (kMasked) gradient = tile.labels.observed[i] != 0 ? gradient : Real(0);
+    if constexpr (kKind == TargetKind::kHard) gradient = label_at(hard, i) ? -gradient : gradient;
+    if constexpr (kMasked) gradient = label_at(observed, i) ? gradient : Real(0);
     // exp_nonpositive(NaN) is NaN, and so is the gradient.
     gradients[i] = gradient;
   }
 }
 
+template <TargetKind kKind, bool kMasked, class Real>
+MLLOSS_INLINE void tile_gradients(const PointwiseTile<Real>& tile, const uint8_t* hard,
+                                  const uint8_t* observed, Real scale, Real* gradients) {
+  softplus_gradients<kKind, kMasked>(tile.logits, hard, observed, tile.count, scale, gradients);
+}
+
+template <TargetKind kKind, bool kMasked, class Real>
+MLLOSS_INLINE void tile_gradients(const PointwiseTile<Real>& tile, const uint32_t* hard,
+                                  const uint32_t* observed, Real scale, Real* gradients) {
+  for (int i = 0; i < tile.count; i += kWordBits) {
+    const uint32_t positive = kKind == TargetKind::kHard ? hard[i / kWordBits] : 0u;
+    const uint32_t used = kMasked ? observed[i / kWordBits] : 0u;
+    if (kMasked && used == 0 && tile.count - i >= kWordBits) {
+      for (int j = 0; j < kWordBits; ++j) gradients[i + j] = 0;
+    } else if (kKind == TargetKind::kHard && positive == 0 && tile.count - i >= kWordBits) {
+      softplus_gradients<TargetKind::kNone, kMasked>(tile.logits + i, positive, used, kWordBits,
+                                                     scale, gradients + i);
+    } else if (tile.count - i >= kWordBits) {
+      softplus_gradients<kKind, kMasked>(tile.logits + i, positive, used, kWordBits, scale,
+                                         gradients + i);
+    } else {
+      softplus_gradients<kKind, kMasked>(tile.logits + i, positive, used, tile.count - i, scale,
+                                         gradients + i);
+    }
+  }
+}
+
 // ---- A tile, dispatched to a loop ----
 
-// These two are wrapped in functions marked MLLOSS_CLONES by each loss.
+// Calls run(kind) with the kind of a tile's targets as a type.
+template <TargetKind kKind>
+struct KindConstant {
+  static constexpr TargetKind value = kKind;
+};
+
+template <class Run>
+MLLOSS_INLINE auto dispatch_kind(TargetKind kind, const Run& run) {
+  if (kind == TargetKind::kSoft) return run(KindConstant<TargetKind::kSoft>{});
+  if (kind == TargetKind::kHard) return run(KindConstant<TargetKind::kHard>{});
+  return run(KindConstant<TargetKind::kNone>{});
+}
+
+// The same with hard targets and mask as they are given, as bytes or bits: run(kind, hard,
+// observed).
+template <class Real, class Run>
+MLLOSS_INLINE auto dispatch_carrier(const LabelTile<Real>& labels, const Run& run) {
+  return dispatch_kind(labels.kind, [&](auto kind) MLLOSS_INLINE_LAMBDA {
+    if constexpr (decltype(kind)::value != TargetKind::kSoft) {
+      if (labels.hard_bits != nullptr || labels.observed_bits != nullptr) {
+        return run(kind, labels.hard_bits, labels.observed_bits);
+      }
+    }
+    return run(kind, labels.hard, labels.observed);
+  });
+}
 
 // Sum of weight * L; also writes the terms if `losses` is given.
 template <class Loss, class Real>
 MLLOSS_INLINE double forward_tile(const Loss& loss, const PointwiseTile<Real>& tile, Real* losses) {
-  if constexpr (requires { loss.linear_part(Real(), Real()); }) {
-    if (losses == nullptr && tile.weight == nullptr && tile.pos_weight == nullptr) {
-      const bool masked = tile.labels.observed != nullptr;
-      if (tile.labels.kind == TargetKind::kSoft || !loss.keeps_hard_targets()) {
-        return masked ? grouped_sum<TargetKind::kSoft, true>(loss, tile)
-                      : grouped_sum<TargetKind::kSoft, false>(loss, tile);
-      }
-      if (tile.labels.kind == TargetKind::kHard) {
-        return masked ? grouped_sum<TargetKind::kHard, true>(loss, tile)
-                      : grouped_sum<TargetKind::kHard, false>(loss, tile);
-      }
-      return masked ? grouped_sum<TargetKind::kNone, true>(loss, tile)
-                    : grouped_sum<TargetKind::kNone, false>(loss, tile);
+  if constexpr (Loss::kIsSoftplus) {
+    if (losses == nullptr && tile.weight == nullptr && !tile.has_parameters) {
+      return dispatch_carrier(
+          tile.labels, [&](auto kind, const auto* hard, const auto* observed) MLLOSS_INLINE_LAMBDA {
+            constexpr TargetKind kKind = decltype(kind)::value;
+            return observed != nullptr ? grouped_sum<kKind, true, Loss>(tile, hard, observed)
+                                       : grouped_sum<kKind, false, Loss>(tile, hard, observed);
+          });
     }
   }
-  Real own[kTile];
+  alignas(64) Real own[kTile];
   Real* out = losses == nullptr ? own : losses;
-  weighted_losses(loss, tile, out);
+  dispatch_kind(tile.labels.kind, [&](auto kind) MLLOSS_INLINE_LAMBDA {
+    weighted_losses<decltype(kind)::value>(loss, tile, out);
+  });
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int i = 0; i < tile.count; ++i) sum += static_cast<double>(out[i]);
@@ -215,65 +310,106 @@ MLLOSS_INLINE double forward_tile(const Loss& loss, const PointwiseTile<Real>& t
 template <class Loss, class Real>
 MLLOSS_INLINE void backward_tile(const Loss& loss, const PointwiseTile<Real>& tile, Real scale,
                                  Real* gradients) {
-  if constexpr (requires { loss.linear_part(Real(), Real()); }) {
-    if (tile.weight == nullptr && tile.pos_weight == nullptr && loss.keeps_hard_targets()) {
-      const bool masked = tile.labels.observed != nullptr;
-      if (tile.labels.kind == TargetKind::kHard) {
-        return masked ? hard_gradients<TargetKind::kHard, true>(tile, scale, gradients)
-                      : hard_gradients<TargetKind::kHard, false>(tile, scale, gradients);
-      }
-      if (tile.labels.kind == TargetKind::kNone) {
-        return masked ? hard_gradients<TargetKind::kNone, true>(tile, scale, gradients)
-                      : hard_gradients<TargetKind::kNone, false>(tile, scale, gradients);
-      }
-    }
-  }
-  weighted_gradients(loss, tile, scale, gradients);
+  dispatch_carrier(
+      tile.labels, [&](auto kind, const auto* hard, const auto* observed) MLLOSS_INLINE_LAMBDA {
+        constexpr TargetKind kKind = decltype(kind)::value;
+        if constexpr (Loss::kIsSoftplus && kKind != TargetKind::kSoft) {
+          if (tile.weight == nullptr && !tile.has_parameters) {
+            return observed != nullptr
+                       ? tile_gradients<kKind, true>(tile, hard, observed, scale, gradients)
+                       : tile_gradients<kKind, false>(tile, hard, observed, scale, gradients);
+          }
+        }
+        weighted_gradients<kKind>(loss, tile, scale, gradients);
+      });
+}
+
+// Whether the loops that know bits will run.
+template <class Loss>
+Carrier carrier_for(const PointwiseProblem& problem) {
+  const bool is_plain = Loss::kIsSoftplus && problem.weight.data == nullptr &&
+                        !problem.has_parameters() && problem.label_smoothing == 0;
+  return is_plain && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
 }
 
 // ---- The whole matrix ----
 
-// One thread's buffers for decoding tiles.
+// One thread's buffers for what stands beside logits and labels.
 template <class Real>
-class PointwiseReader {
+class PointwiseConstants {
  public:
-  // `soften`: hard targets are wanted as numbers.
-  PointwiseReader(const PointwiseProblem& problem, bool soften)
-      : problem_(problem), soften_(soften), tiles_(problem, false) {}
-
-  void start_row(int64_t row, int64_t begin, int64_t end) {
-    row_ = row;
-    tiles_.start_row(row, begin, end);
+  explicit PointwiseConstants(const PointwiseProblem& problem)
+      : problem_(problem),
+        has_parameters_(problem.has_parameters()),
+        low_(static_cast<Real>(problem.label_smoothing / 2)),
+        span_(static_cast<Real>(1 - problem.label_smoothing)) {
+    std::fill_n(ones_, kTile, Real(1));
   }
 
-  PointwiseTile<Real> tile(int64_t begin, int count) {
-    PointwiseTile<Real> tile{tiles_.tile(begin, count)};
-    if (soften_ && tile.labels.kind != TargetKind::kSoft) {
-      Operands<Real>::fill_targets(tile.labels, count, soft_);
-      tile.labels.kind = TargetKind::kSoft;
-      tile.labels.soft = soft_;
+  // The constants of the columns that `load` reads: (array, buffer).
+  template <class Load>
+  PointwiseTile<Real> attach(const Tile<Real>& source, const Load& load) {
+    PointwiseTile<Real> tile{source};
+    smooth(tile.labels, tile.count);
+    tile.has_parameters = has_parameters_;
+    if (problem_.weight.data != nullptr) {
+      tile.weight = checked(problem_.weight, tile.count, weight_, load);
     }
-    tile.weight = constants(problem_.weight, begin, count, weight_);
-    tile.pos_weight = constants(problem_.pos_weight, begin, count, pos_weight_);
+    for (int k = 0; k < kMaxParameters; ++k) {
+      tile.parameters[k] = problem_.parameters[k].data == nullptr
+                               ? ones_
+                               : checked(problem_.parameters[k], tile.count, parameters_[k], load);
+    }
     return tile;
   }
 
-  // Numbers of any broadcast array, nullptr if it is all ones.
-  const Real* constants(const Strided& array, int64_t begin, int count, Real* buffer) const {
-    if (array.data == nullptr) return nullptr;
-    const int64_t offset = row_ * array.row_stride + begin * array.column_stride;
-    load(array.data, array.element, offset, array.column_stride, count, buffer);
-    return buffer;
+  PointwiseTile<Real> attach(const Tile<Real>& tile, int64_t row, int64_t begin) {
+    return attach(tile, [&](const Strided& array, Real* out) {
+      load_columns(array, row, begin, tile.count, out);
+    });
+  }
+
+  PointwiseTile<Real> attach(const Tile<Real>& tile, int64_t row, const int64_t* columns) {
+    return attach(tile, [&](const Strided& array, Real* out) {
+      gather(array.data, array.element, row * array.row_stride, array.column_stride, columns,
+             tile.count, out);
+    });
+  }
+
+  static void load_columns(const Strided& array, int64_t row, int64_t begin, int count, Real* out) {
+    load(array.data, array.element, row * array.row_stride + begin * array.column_stride,
+         array.column_stride, count, out);
   }
 
  private:
+  void smooth(LabelTile<Real>& labels, int count) {
+    if (span_ == Real(1)) return;
+    for (int i = 0; i < count; ++i) {
+      const Real y = labels.kind == TargetKind::kSoft                          ? labels.soft[i]
+                     : labels.kind == TargetKind::kHard && labels.hard[i] != 0 ? Real(1)
+                                                                               : Real(0);
+      soft_[i] = low_ + y * span_;
+    }
+    labels.kind = TargetKind::kSoft;
+    labels.soft = soft_;
+  }
+
+  // Negative constants are not a number.
+  template <class Load>
+  const Real* checked(const Strided& array, int count, Real* buffer, const Load& load) const {
+    load(array, buffer);
+#pragma omp simd
+    for (int i = 0; i < count; ++i) buffer[i] = buffer[i] < 0 ? kNaN<Real> : buffer[i];
+    return buffer;
+  }
+
   const PointwiseProblem& problem_;
-  const bool soften_;
-  int64_t row_ = 0;
-  TileReader<Real> tiles_;
+  const bool has_parameters_;
+  const Real low_, span_;
+  alignas(64) Real ones_[kTile];
   alignas(64) Real soft_[kTile];
   alignas(64) Real weight_[kTile];
-  alignas(64) Real pos_weight_[kTile];
+  alignas(64) Real parameters_[kMaxParameters][kTile];
 };
 
 struct PartialSum {
@@ -281,16 +417,23 @@ struct PartialSum {
   double denominator = 0;  // what the reduction divides by, as far as it has to be counted
 };
 
+inline bool counts(Reduction reduction) {
+  return reduction == Reduction::kMean || reduction == Reduction::kMeanNonzero ||
+         reduction == Reduction::kWeightedMean;
+}
+
 // The part of a tile in the denominator.
 template <class Real>
 double counted(const PointwiseTile<Real>& tile, Reduction reduction) {
   const uint8_t* observed = tile.labels.observed;
+  const uint32_t* observed_bits = tile.labels.observed_bits;
+  if (observed_bits != nullptr) return count_bits(observed_bits, tile.count);
   if (reduction == Reduction::kMean || tile.weight == nullptr) {
     return observed == nullptr ? tile.count
                                : static_cast<double>(count_nonzero(observed, tile.count));
   }
   Real factors[kTile];
-  Operands<Real>::fill_factors(tile, factors);
+  fill_factors(tile, factors);
   double count = 0, sum = 0;
   for (int i = 0; i < tile.count; ++i) {
     count += factors[i] != 0;
@@ -313,97 +456,280 @@ inline void finish_sum(const Problem& problem, PartialSum sum, const ForwardOutp
   }
 }
 
+// Calls body(tile, begin) for the tiles of a piece's rows, from left to right.
+template <class Real, class Body>
+void for_tiles(const Piece& piece, int64_t row, TileReader<Real>& reader, const Body& body) {
+  reader.start_row(row, piece.column_begin, piece.column_end);
+  for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
+    const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
+    body(reader.tile(begin, count), begin);
+  }
+}
+
+// Adds up in the order of the pieces.
+inline PartialSum total_of(const std::vector<PartialSum>& parts) {
+  PartialSum sum;
+  for (const PartialSum& part : parts) {
+    sum.total += part.total;
+    sum.denominator += part.denominator;
+  }
+  return sum;
+}
+
 // `forward` wraps forward_tile: (loss, tile, losses or nullptr) -> sum.
 template <class Loss, class Forward>
-void pointwise_forward(PointwiseProblem problem, const Loss& loss, const ForwardOutput& output,
-                       Forward forward) {
+PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Real* losses,
+                              const Forward& forward) {
   using Real = typename Loss::Real;
-  flatten(problem, nullptr);
+  const Loss loss = Loss::from(problem);
   const Pieces pieces(problem.rows, problem.columns);
-  Real* losses = problem.reduction == Reduction::kNone ? static_cast<Real*>(output.loss) : nullptr;
-  const bool counts = problem.reduction == Reduction::kMean ||
-                      problem.reduction == Reduction::kMeanNonzero ||
-                      problem.reduction == Reduction::kWeightedMean;
-  if (losses != nullptr) {
-    prefer_huge_pages(losses, problem.rows * problem.columns * int64_t(sizeof(Real)));
-  }
+  const Carrier carrier = losses == nullptr ? carrier_for<Loss>(problem) : Carrier::kBytes;
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    PointwiseReader<Real> reader(problem, !loss.keeps_hard_targets());
+    TileReader<Real> reader(problem, false, carrier);
+    PointwiseConstants<Real> constants(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       PartialSum sum;
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        reader.start_row(row, piece.column_begin, piece.column_end);
-        for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
-          const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const PointwiseTile<Real> tile = reader.tile(begin, count);
+        for_tiles(piece, row, reader, [&](const Tile<Real>& labelled, int64_t begin) {
           Real* out = losses == nullptr ? nullptr : losses + row * problem.columns + begin;
-          if (tile.labels.empty && out == nullptr) continue;
+          if (labelled.labels.empty && out == nullptr) return;
+          const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
           sum.total += forward(loss, tile, out);
-          if (counts) sum.denominator += counted(tile, problem.reduction);
+          if (counts(problem.reduction)) sum.denominator += counted(tile, problem.reduction);
+        });
+      }
+      sums[index] = sum;
+    }
+  });
+  return total_of(sums);
+}
+
+// The same where only the listed labels are observed: the time is that of the entries.
+template <class Loss, class Forward>
+PartialSum forward_over_entries(const PointwiseProblem& problem, typename Loss::Real* losses,
+                                const Forward& forward) {
+  using Real = typename Loss::Real;
+  const Loss loss = Loss::from(problem);
+  const Pieces pieces = pieces_of_entries(problem, losses != nullptr);
+  std::vector<PartialSum> sums(pieces.count());
+  for_pieces(pieces, [&](int64_t first, int64_t last) {
+    EntryReader<Real> reader(problem);
+    PointwiseConstants<Real> constants(problem);
+    alignas(64) Real buffer[kTile];
+    for (int64_t index = first; index < last; ++index) {
+      const Piece piece = pieces[index];
+      PartialSum sum;
+      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+        const bool valid = reader.start_row(row);
+        const Real elsewhere = valid ? Real(0) : kNaN<Real>;
+        sum.total += elsewhere;
+        Real* out = losses == nullptr ? nullptr : losses + row * problem.columns;
+        if (out != nullptr) std::fill_n(out, problem.columns, elsewhere);
+        if (!valid) continue;
+        for (Tile<Real> entries = reader.tile(); entries.count > 0; entries = reader.tile()) {
+          const PointwiseTile<Real> tile = constants.attach(entries, row, reader.columns());
+          sum.total += forward(loss, tile, out == nullptr ? nullptr : buffer);
+          if (counts(problem.reduction)) sum.denominator += counted(tile, problem.reduction);
+          if (out != nullptr) {
+            scatter(buffer, reader.columns(), tile.count, out, kElementOf<Real>, 0);
+          }
         }
       }
       sums[index] = sum;
     }
   });
-  PartialSum sum;
-  for (const PartialSum& part : sums) {
-    sum.total += part.total;
-    sum.denominator += part.denominator;
+  return total_of(sums);
+}
+
+template <class Loss, class Forward>
+void pointwise_forward(PointwiseProblem problem, const ForwardOutput& output,
+                       const Forward& forward) {
+  using Real = typename Loss::Real;
+  flatten(problem, nullptr);
+  Real* losses = problem.reduction == Reduction::kNone ? static_cast<Real*>(output.loss) : nullptr;
+  if (losses != nullptr) {
+    prefer_huge_pages(losses, problem.rows * problem.columns * int64_t(sizeof(Real)));
   }
+  const PartialSum sum = goes_by_entries(problem)
+                             ? forward_over_entries<Loss>(problem, losses, forward)
+                             : forward_over_tiles<Loss>(problem, losses, forward);
   finish_sum(problem, sum, output);
 }
 
-// `backward` wraps backward_tile: (loss, tile, scale, gradients).
-template <class Loss, class Backward>
-void pointwise_backward(PointwiseProblem problem, const Loss& loss, const BackwardInput& input,
-                        const BackwardOutput& output, Backward backward) {
-  using Real = typename Loss::Real;
-  if (problem.rows == 0 || problem.columns == 0) return;  // grad_output may have no memory
-  flatten(problem, &input.grad_output);
-  const Pieces pieces(problem.rows, problem.columns);
-  prefer_huge_pages(output.grad_input,
-                    problem.rows * problem.columns * element_size(problem.element));
-  const bool uniform = input.grad_output.row_stride == 0 && input.grad_output.column_stride == 0;
-  double scale = *input.scale;
-  if (uniform) {
+// `grad_output` as it is multiplied to the gradients of a tile.
+template <class Real>
+class Upstream {
+ public:
+  explicit Upstream(const BackwardInput& input)
+      : array_(input.grad_output),
+        uniform_(array_.row_stride == 0 && array_.column_stride == 0),
+        scale_(*input.scale) {
+    if (!uniform_) return;
     double upstream;
-    load(input.grad_output.data, input.grad_output.element, 0, 0, 1, &upstream);
-    scale *= upstream;
+    load(array_.data, array_.element, 0, 0, 1, &upstream);
+    scale_ *= upstream;
   }
-  for_pieces(pieces, [&](int64_t first, int64_t last) {
-    PointwiseReader<Real> reader(problem, !loss.keeps_hard_targets());
-    alignas(64) Real buffer[kTile];
+
+  bool is_uniform() const { return uniform_; }
+
+  // What every gradient is multiplied by.
+  Real scale() const { return static_cast<Real>(scale_); }
+
+  // Multiplies what differs between elements. `load` reads an array at the tile's columns.
+  template <class Load>
+  void apply(const PointwiseTile<Real>& tile, const Load& load, Real* gradients) const {
+    if (uniform_) return;
     alignas(64) Real upstream[kTile];
     alignas(64) Real factors[kTile];
+    load(array_, upstream);
+    fill_factors(tile, factors);
+    for (int i = 0; i < tile.count; ++i) {
+      // A masked element stays 0 even where what comes from above is not finite.
+      gradients[i] = factors[i] == 0 ? Real(0) : gradients[i] * upstream[i];
+    }
+  }
+
+ private:
+  const Strided& array_;
+  const bool uniform_;
+  double scale_;
+};
+
+// `backward` wraps backward_tile: (loss, tile, scale, gradients).
+template <class Loss, class Backward>
+void backward_over_tiles(const PointwiseProblem& problem,
+                         const Upstream<typename Loss::Real>& upstream, void* grad_input,
+                         const Backward& backward) {
+  using Real = typename Loss::Real;
+  const Loss loss = Loss::from(problem);
+  const Pieces pieces(problem.rows, problem.columns);
+  const Carrier carrier = upstream.is_uniform() ? carrier_for<Loss>(problem) : Carrier::kBytes;
+  for_pieces(pieces, [&](int64_t first, int64_t last) {
+    TileReader<Real> reader(problem, false, carrier);
+    PointwiseConstants<Real> constants(problem);
+    alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        reader.start_row(row, piece.column_begin, piece.column_end);
-        for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
-          const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const PointwiseTile<Real> tile = reader.tile(begin, count);
+        for_tiles(piece, row, reader, [&](const Tile<Real>& labelled, int64_t begin) {
           const int64_t offset = row * problem.columns + begin;
           Real* gradients = problem.element == kElementOf<Real>
-                                ? static_cast<Real*>(output.grad_input) + offset
+                                ? static_cast<Real*>(grad_input) + offset
                                 : buffer;
-          backward(loss, tile, static_cast<Real>(scale), gradients);
-          if (!uniform) {
-            reader.constants(input.grad_output, begin, count, upstream);
-            Operands<Real>::fill_factors(tile, factors);
-            for (int i = 0; i < count; ++i) {
-              // A masked element stays 0 even where what comes from above is not finite.
-              gradients[i] = factors[i] == 0 ? Real(0) : gradients[i] * upstream[i];
-            }
-          }
-          if (gradients == buffer) {
-            store(buffer, count, output.grad_input, problem.element, offset);
-          }
+          const int count = labelled.count;
+          const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+          backward(loss, tile, upstream.scale(), gradients);
+          const auto load_own = [&](const Strided& array, Real* out) {
+            PointwiseConstants<Real>::load_columns(array, row, begin, count, out);
+          };
+          upstream.apply(tile, load_own, gradients);
+          if (gradients == buffer) store(buffer, count, grad_input, problem.element, offset);
+        });
+      }
+    }
+  });
+}
+
+// The same where only the listed labels are observed: apart from the zeros, the time is that of the
+// entries.
+template <class Loss, class Backward>
+void backward_over_entries(const PointwiseProblem& problem,
+                           const Upstream<typename Loss::Real>& upstream, void* grad_input,
+                           const Backward& backward) {
+  using Real = typename Loss::Real;
+  const Loss loss = Loss::from(problem);
+  const Pieces pieces = pieces_of_entries(problem, true);
+  for_pieces(pieces, [&](int64_t first, int64_t last) {
+    EntryReader<Real> reader(problem);
+    PointwiseConstants<Real> constants(problem);
+    alignas(64) Real gradients[kTile];
+    for (int64_t index = first; index < last; ++index) {
+      const Piece piece = pieces[index];
+      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+        const bool valid = reader.start_row(row);
+        fill_row(valid ? Real(0) : kNaN<Real>, problem, row, grad_input);
+        if (!valid) continue;
+        for (Tile<Real> entries = reader.tile(); entries.count > 0; entries = reader.tile()) {
+          const int64_t* columns = reader.columns();
+          const PointwiseTile<Real> tile = constants.attach(entries, row, columns);
+          backward(loss, tile, upstream.scale(), gradients);
+          const auto load_own = [&](const Strided& array, Real* out) {
+            gather(array.data, array.element, row * array.row_stride, array.column_stride, columns,
+                   tile.count, out);
+          };
+          upstream.apply(tile, load_own, gradients);
+          scatter(gradients, columns, tile.count, grad_input, problem.element,
+                  row * problem.columns);
         }
       }
     }
   });
 }
 
+template <class Loss, class Backward>
+void pointwise_backward(PointwiseProblem problem, const BackwardInput& input,
+                        const BackwardOutput& output, const Backward& backward) {
+  if (problem.rows == 0 || problem.columns == 0) return;  // grad_output may have no memory
+  flatten(problem, &input.grad_output);
+  prefer_huge_pages(output.grad_input,
+                    problem.rows * problem.columns * element_size(problem.element));
+  const Upstream<typename Loss::Real> upstream(input);
+  if (goes_by_entries(problem)) {
+    backward_over_entries<Loss>(problem, upstream, output.grad_input, backward);
+  } else {
+    backward_over_tiles<Loss>(problem, upstream, output.grad_input, backward);
+  }
+}
+
 }  // namespace mlloss::cpu
+
+// Defines the kernels of a loss, declared in kernels.h, from its formula, a header in math/: the
+// loops of this file compiled for each instruction set.
+#define MLLOSS_POINTWISE_KERNELS(name, Loss)                                                       \
+  namespace mlloss::cpu {                                                                          \
+  namespace name {                                                                                 \
+  template <class Real>                                                                            \
+  using Formula = Loss<Real>;                                                                      \
+  MLLOSS_CLONES double forward_loop(const Formula<float>& loss, const PointwiseTile<float>& tile,  \
+                                    float* losses) {                                               \
+    return forward_tile(loss, tile, losses);                                                       \
+  }                                                                                                \
+  MLLOSS_CLONES double forward_loop(const Formula<double>& loss,                                   \
+                                    const PointwiseTile<double>& tile, double* losses) {           \
+    return forward_tile(loss, tile, losses);                                                       \
+  }                                                                                                \
+  MLLOSS_CLONES void backward_loop(const Formula<float>& loss, const PointwiseTile<float>& tile,   \
+                                   float scale, float* gradients) {                                \
+    backward_tile(loss, tile, scale, gradients);                                                   \
+  }                                                                                                \
+  MLLOSS_CLONES void backward_loop(const Formula<double>& loss, const PointwiseTile<double>& tile, \
+                                   double scale, double* gradients) {                              \
+    backward_tile(loss, tile, scale, gradients);                                                   \
+  }                                                                                                \
+                                                                                                   \
+  void forward(const PointwiseProblem& problem, const ForwardOutput& output) {                     \
+    const auto loop = [](const auto& loss, const auto& tile, auto* losses) {                       \
+      return forward_loop(loss, tile, losses);                                                     \
+    };                                                                                             \
+    if (problem.element == Element::kDouble) {                                                     \
+      pointwise_forward<Formula<double>>(problem, output, loop);                                   \
+    } else {                                                                                       \
+      pointwise_forward<Formula<float>>(problem, output, loop);                                    \
+    }                                                                                              \
+  }                                                                                                \
+                                                                                                   \
+  void backward(const PointwiseProblem& problem, const BackwardInput& input,                       \
+                const BackwardOutput& output) {                                                    \
+    const auto loop = [](const auto& loss, const auto& tile, auto scale, auto* gradients) {        \
+      backward_loop(loss, tile, scale, gradients);                                                 \
+    };                                                                                             \
+    if (problem.element == Element::kDouble) {                                                     \
+      pointwise_backward<Formula<double>>(problem, input, output, loop);                           \
+    } else {                                                                                       \
+      pointwise_backward<Formula<float>>(problem, input, output, loop);                            \
+    }                                                                                              \
+  }                                                                                                \
+  }                                                                                                \
+  }

@@ -212,10 +212,28 @@ void reduce_rows(const RowwiseProblem& problem, const std::vector<double>& losse
   finish_sum(problem, sum, output);
 }
 
+// Calls body(tile) for the tiles of a piece's row; a row of which only the listed labels are
+// observed has those alone. Returns false if the labels of such a row cannot be told.
+template <class Real, class Body>
+bool for_row_tiles(const Problem& problem, const Piece& piece, int64_t row, TileReader<Real>& tiles,
+                   EntryReader<Real>& entries, const Body& body) {
+  if (!goes_by_entries(problem)) {
+    for_tiles(piece, row, tiles, [&](const Tile<Real>& tile, int64_t begin) { body(tile, begin); });
+    return true;
+  }
+  if (!entries.start_row(row)) return false;
+  for (Tile<Real> tile = entries.tile(); tile.count > 0; tile = entries.tile()) {
+    body(tile, int64_t(0));
+  }
+  return true;
+}
+
 // Loss: the row loss, with static finish(); `sums` wraps sums_of_tile.
 template <class Loss, class Real, class Sums>
-void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output, Sums sums) {
-  const Pieces pieces(problem.rows, problem.columns);
+void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums) {
+  const bool by_entries = goes_by_entries(problem);
+  const Pieces pieces =
+      by_entries ? pieces_of_entries(problem, false) : Pieces(problem.rows, problem.columns);
   auto* statistics = static_cast<RowStatistics<Real>*>(output.statistics);
   std::vector<double> losses(problem.rows);
   // Sums of the pieces of long rows, to be combined in order.
@@ -225,19 +243,20 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
                                statistics + row);
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, true);
+    TileReader<Real> tiles(problem, true);
+    EntryReader<Real> entries(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        reader.start_row(row, piece.column_begin, piece.column_end);
         RowSums<double> sum = RowSums<double>::empty();
-        for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
-          const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const Tile<Real> tile = reader.tile(begin, count);
-          if (tile.labels.empty) continue;
+        const auto add = [&](const Tile<Real>& tile, int64_t) {
+          if (tile.labels.empty) return;
           const RowSums<double> part = sums(tile);
           sum.positive = combine(sum.positive, part.positive);
           sum.negative = combine(sum.negative, part.negative);
+        };
+        if (!for_row_tiles(problem, piece, row, tiles, entries, add)) {
+          sum.positive.sum = sum.negative.sum = kNaN<double>;
         }
         if (partial.empty()) {
           finish(row, sum);
@@ -263,8 +282,10 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
 // `gradients` wraps gradients_of_tile.
 template <class Loss, class Real, class Gradients>
 void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
-                      const BackwardOutput& output, Gradients gradients) {
-  const Pieces pieces(problem.rows, problem.columns);
+                      const BackwardOutput& output, const Gradients& gradients) {
+  const bool by_entries = goes_by_entries(problem);
+  const Pieces pieces =
+      by_entries ? pieces_of_entries(problem, true) : Pieces(problem.rows, problem.columns);
   const auto* statistics = static_cast<const RowStatistics<Real>*>(input.statistics);
   auto* grad_threshold = static_cast<Real*>(output.grad_threshold);
   prefer_huge_pages(output.grad_input,
@@ -274,31 +295,40 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
     return weight == 0 ? 0.0 : weight * *input.scale * value_at(input.grad_output, row);
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, true);
+    TileReader<Real> tiles(problem, true);
+    EntryReader<Real> entries(problem);
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        reader.start_row(row, piece.column_begin, piece.column_end);
         const double scale = gradient_scale(row);
-        if (piece.column_begin == 0) {
-          const Real threshold = static_cast<Real>(value_at(problem.threshold, row));
-          const Real derivative = Loss::threshold_gradient(statistics[row], threshold);
-          grad_threshold[row] = scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
+        if constexpr (Loss::kHasThreshold) {
+          if (piece.column_begin == 0) {
+            const Real threshold = static_cast<Real>(value_at(problem.threshold, row));
+            const Real derivative = Loss::threshold_gradient(statistics[row], threshold);
+            grad_threshold[row] = scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
+          }
         }
-        for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
-          const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
+        if (by_entries) fill_row(Real(0), problem, row, output.grad_input);
+        const auto write = [&](const Tile<Real>& tile, int64_t begin) {
           const int64_t offset = row * problem.columns + begin;
-          Real* out = problem.element == kElementOf<Real>
+          Real* out = !by_entries && problem.element == kElementOf<Real>
                           ? static_cast<Real*>(output.grad_input) + offset
                           : buffer;
-          const Tile<Real> tile = reader.tile(begin, count);
           if (tile.labels.empty || scale == 0) {
-            std::fill_n(out, count, Real(0));
+            std::fill_n(out, tile.count, Real(0));
           } else {
             gradients(tile, statistics[row], static_cast<Real>(scale), out);
           }
-          if (out == buffer) store(buffer, count, output.grad_input, problem.element, offset);
+          if (by_entries) {
+            scatter(buffer, entries.columns(), tile.count, output.grad_input, problem.element,
+                    offset);
+          } else if (out == buffer) {
+            store(buffer, tile.count, output.grad_input, problem.element, offset);
+          }
+        };
+        if (!for_row_tiles(problem, piece, row, tiles, entries, write) && scale != 0) {
+          fill_row(kNaN<Real>, problem, row, output.grad_input);
         }
       }
     }
@@ -306,3 +336,44 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
 }
 
 }  // namespace mlloss::cpu
+
+// Defines the kernels of a loss, declared in kernels.h, from its formula, a header in math/: the
+// loops of this file compiled for each instruction set.
+#define MLLOSS_ROWWISE_KERNELS(name, Loss)                                                         \
+  namespace mlloss::cpu {                                                                          \
+  namespace name {                                                                                 \
+  MLLOSS_CLONES RowSums<double> sums_loop(const Tile<float>& tile) { return sums_of_tile(tile); }  \
+  MLLOSS_CLONES RowSums<double> sums_loop(const Tile<double>& tile) { return sums_of_tile(tile); } \
+  MLLOSS_CLONES void gradients_loop(const Tile<float>& tile,                                       \
+                                    const RowStatistics<float>& statistics, float scale,           \
+                                    float* out) {                                                  \
+    gradients_of_tile(tile, statistics, scale, out);                                               \
+  }                                                                                                \
+  MLLOSS_CLONES void gradients_loop(const Tile<double>& tile,                                      \
+                                    const RowStatistics<double>& statistics, double scale,         \
+                                    double* out) {                                                 \
+    gradients_of_tile(tile, statistics, scale, out);                                               \
+  }                                                                                                \
+                                                                                                   \
+  void forward(const RowwiseProblem& problem, const ForwardOutput& output) {                       \
+    const auto loop = [](const auto& tile) { return sums_loop(tile); };                            \
+    if (problem.element == Element::kDouble) {                                                     \
+      rowwise_forward<Loss, double>(problem, output, loop);                                        \
+    } else {                                                                                       \
+      rowwise_forward<Loss, float>(problem, output, loop);                                         \
+    }                                                                                              \
+  }                                                                                                \
+                                                                                                   \
+  void backward(const RowwiseProblem& problem, const BackwardInput& input,                         \
+                const BackwardOutput& output) {                                                    \
+    const auto loop = [](const auto& tile, const auto& statistics, auto scale, auto* out) {        \
+      gradients_loop(tile, statistics, scale, out);                                                \
+    };                                                                                             \
+    if (problem.element == Element::kDouble) {                                                     \
+      rowwise_backward<Loss, double>(problem, input, output, loop);                                \
+    } else {                                                                                       \
+      rowwise_backward<Loss, float>(problem, input, output, loop);                                 \
+    }                                                                                              \
+  }                                                                                                \
+  }                                                                                                \
+  }

@@ -25,9 +25,9 @@ struct Tile {
 template <class Real>
 class TileReader {
  public:
-  // `prefer_hard`: see LabelReader.
-  TileReader(const Problem& problem, bool prefer_hard)
-      : problem_(problem), labels_(problem, prefer_hard) {}
+  // `prefer_hard`, `carrier`: see LabelReader.
+  TileReader(const Problem& problem, bool prefer_hard, Carrier carrier = Carrier::kBytes)
+      : problem_(problem), labels_(problem, prefer_hard, carrier) {}
 
   // Columns [begin, end) of a row follow.
   void start_row(int64_t row, int64_t begin, int64_t end) {

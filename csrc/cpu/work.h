@@ -27,6 +27,14 @@ class Pieces {
         rows_per_piece_(std::max<int64_t>(1, kPiece / std::max<int64_t>(columns, 1))),
         per_row_(std::max<int64_t>(1, (columns + kPiece - 1) / kPiece)) {}
 
+  // No row is split; `cost` is the work of a row, in elements.
+  static Pieces of_rows(int64_t rows, int64_t columns, int64_t cost) {
+    Pieces pieces(rows, cost);
+    pieces.columns_ = columns;
+    pieces.per_row_ = 1;
+    return pieces;
+  }
+
   int64_t count() const {
     return per_row_ > 1 ? rows_ * per_row_ : (rows_ + rows_per_piece_ - 1) / rows_per_piece_;
   }

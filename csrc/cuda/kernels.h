@@ -1,31 +1,33 @@
-// The launchers of the CUDA kernels, one source file per loss. They take pointers to device memory,
-// enqueue on `stream` and never synchronise.
+// The launchers of the CUDA kernels, one source file per loss: cuda::<loss>::forward and
+// cuda::<loss>::backward. They take pointers to device memory, enqueue on `stream` and never
+// synchronise.
 #pragma once
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#include "losses.h"
 #include "problem.h"
 
 namespace mlloss::cuda {
 
-// Bytes of device memory that a forward launcher needs as `workspace`; contents do not matter.
-int64_t sigmoid_cross_entropy_workspace(const PointwiseProblem& problem);
-int64_t multilabel_categorical_crossentropy_workspace(const RowwiseProblem& problem);
+// workspace: bytes of device memory that forward needs as `scratch`; contents do not matter.
+#define MLLOSS_DECLARE(name, Problem)                                                     \
+  namespace name {                                                                        \
+  int64_t workspace(const Problem& problem);                                              \
+  cudaError_t forward(const Problem& problem, const ForwardOutput& output, void* scratch, \
+                      cudaStream_t stream);                                               \
+  cudaError_t backward(const Problem& problem, const BackwardInput& input,                \
+                       const BackwardOutput& output, cudaStream_t stream);                \
+  }
+#define MLLOSS_DECLARE_POINTWISE(name, ...) MLLOSS_DECLARE(name, PointwiseProblem)
+#define MLLOSS_DECLARE_ROWWISE(name, ...) MLLOSS_DECLARE(name, RowwiseProblem)
 
-cudaError_t sigmoid_cross_entropy_forward(const PointwiseProblem& problem, double label_smoothing,
-                                          const ForwardOutput& output, void* workspace,
-                                          cudaStream_t stream);
-cudaError_t sigmoid_cross_entropy_backward(const PointwiseProblem& problem, double label_smoothing,
-                                           const BackwardInput& input, const BackwardOutput& output,
-                                           cudaStream_t stream);
+MLLOSS_POINTWISE_LOSSES(MLLOSS_DECLARE_POINTWISE)
+MLLOSS_ROWWISE_LOSSES(MLLOSS_DECLARE_ROWWISE)
 
-cudaError_t multilabel_categorical_crossentropy_forward(const RowwiseProblem& problem,
-                                                        const ForwardOutput& output,
-                                                        void* workspace, cudaStream_t stream);
-cudaError_t multilabel_categorical_crossentropy_backward(const RowwiseProblem& problem,
-                                                         const BackwardInput& input,
-                                                         const BackwardOutput& output,
-                                                         cudaStream_t stream);
+#undef MLLOSS_DECLARE_ROWWISE
+#undef MLLOSS_DECLARE_POINTWISE
+#undef MLLOSS_DECLARE
 
 }  // namespace mlloss::cuda

@@ -39,60 +39,41 @@ void check_cuda(cudaError_t error) {
   STD_TORCH_CHECK(error == cudaSuccess, "mlloss_cuda: CUDA error: ", cudaGetErrorString(error));
 }
 
-struct CudaBackend : TorchTensors {
-  // From torch's caching allocator, which keeps memory alive until the stream is done with it.
-  static Tensor workspace(const Tensor& like, int64_t bytes) {
-    return torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
-  }
+// From torch's caching allocator, which keeps memory alive until the stream is done with it.
+torch::stable::Tensor scratch_memory(const torch::stable::Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, torch::headeronly::ScalarType::Byte);
+}
 
-  static void sigmoid_cross_entropy_forward(const Tensor& input, const PointwiseProblem& problem,
-                                            double label_smoothing, const ForwardOutput& output) {
-    const CudaContext context(input);
-    const Tensor scratch = workspace(input, cuda::sigmoid_cross_entropy_workspace(problem));
-    check_cuda(cuda::sigmoid_cross_entropy_forward(problem, label_smoothing, output,
-                                                   scratch.data_ptr(), context.stream()));
-  }
+#define MLLOSS_KERNELS(name, ...)                                                                  \
+  struct name##_kernels : TorchTensors {                                                           \
+    template <class Problem>                                                                       \
+    static void forward(const Tensor& input, const Problem& problem,                               \
+                        const ForwardOutput& output) {                                             \
+      const CudaContext context(input);                                                            \
+      const Tensor scratch = scratch_memory(input, cuda::name::workspace(problem));                \
+      check_cuda(cuda::name::forward(problem, output, scratch.data_ptr(), context.stream()));      \
+    }                                                                                              \
+    template <class Problem>                                                                       \
+    static void backward(const Tensor& tensor, const Problem& problem, const BackwardInput& input, \
+                         const BackwardOutput& output) {                                           \
+      const CudaContext context(tensor);                                                           \
+      check_cuda(cuda::name::backward(problem, input, output, context.stream()));                  \
+    }                                                                                              \
+  };
 
-  static void sigmoid_cross_entropy_backward(const Tensor& tensor, const PointwiseProblem& problem,
-                                             double label_smoothing, const BackwardInput& input,
-                                             const BackwardOutput& output) {
-    const CudaContext context(tensor);
-    check_cuda(cuda::sigmoid_cross_entropy_backward(problem, label_smoothing, input, output,
-                                                    context.stream()));
-  }
-
-  static void multilabel_categorical_crossentropy_forward(const Tensor& input,
-                                                          const RowwiseProblem& problem,
-                                                          const ForwardOutput& output) {
-    const CudaContext context(input);
-    const Tensor scratch =
-        workspace(input, cuda::multilabel_categorical_crossentropy_workspace(problem));
-    check_cuda(cuda::multilabel_categorical_crossentropy_forward(
-        problem, output, scratch.data_ptr(), context.stream()));
-  }
-
-  static void multilabel_categorical_crossentropy_backward(const Tensor& tensor,
-                                                           const RowwiseProblem& problem,
-                                                           const BackwardInput& input,
-                                                           const BackwardOutput& output) {
-    const CudaContext context(tensor);
-    check_cuda(cuda::multilabel_categorical_crossentropy_backward(problem, input, output,
-                                                                  context.stream()));
-  }
-};
-
-using Cuda = Operators<CudaBackend>;
+MLLOSS_POINTWISE_LOSSES(MLLOSS_KERNELS)
+MLLOSS_ROWWISE_LOSSES(MLLOSS_KERNELS)
+MLLOSS_POINTWISE_LOSSES(MLLOSS_POINTWISE_OPERATORS)
+MLLOSS_ROWWISE_LOSSES(MLLOSS_ROWWISE_OPERATORS)
 
 }  // namespace
 }  // namespace mlloss
 
 STABLE_TORCH_LIBRARY_IMPL(mlloss_cuda, CUDA, m) {
-  using mlloss::Cuda;
-  m.impl("sigmoid_cross_entropy_out", TORCH_BOX(&Cuda::sigmoid_cross_entropy_out));
-  m.impl("sigmoid_cross_entropy_backward_out",
-         TORCH_BOX(&Cuda::sigmoid_cross_entropy_backward_out));
-  m.impl("multilabel_categorical_crossentropy_out",
-         TORCH_BOX(&Cuda::multilabel_categorical_crossentropy_out));
-  m.impl("multilabel_categorical_crossentropy_backward_out",
-         TORCH_BOX(&Cuda::multilabel_categorical_crossentropy_backward_out));
+#define MLLOSS_REGISTER(name, ...)                                     \
+  m.impl(#name "_out", TORCH_BOX(&mlloss::name##_operators::forward)); \
+  m.impl(#name "_backward_out", TORCH_BOX(&mlloss::name##_operators::backward));
+  MLLOSS_POINTWISE_LOSSES(MLLOSS_REGISTER)
+  MLLOSS_ROWWISE_LOSSES(MLLOSS_REGISTER)
+#undef MLLOSS_REGISTER
 }

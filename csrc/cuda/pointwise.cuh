@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/entries.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/tiles.cuh"
 #include "cuda/vector.cuh"
@@ -21,14 +22,16 @@ enum class Mode { kHard, kHardMasked, kSoft, kSoftMasked, kGeneral };
 constexpr bool is_soft(Mode mode) { return mode != Mode::kHard && mode != Mode::kHardMasked; }
 constexpr bool is_masked(Mode mode) { return mode != Mode::kHard && mode != Mode::kSoft; }
 
-// The constants of a vector: mask * weight (0 where masked, NaN where negative) and pos_weight.
-template <class Real, int kCount>
+// The constants of a vector: mask * weight (0 where masked) and the parameters, all of which are
+// not a number where negative.
+template <class Parameters, class Real, int kCount>
 __device__ __forceinline__ void load_constants(const PointwiseProblem& problem, int64_t row,
                                                int64_t column, Extent extent, uint32_t observed,
-                                               Real (&factor)[kCount], Real (&pos_weight)[kCount]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) factor[i] = pos_weight[i] = 1;
+                                               Real (&factor)[kCount],
+                                               Parameters (&parameters)[kCount]) {
   const auto load = [&](const Strided& array, Real(&out)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) out[i] = 1;
     if (array.data == nullptr) return;
     load_any(array.data, array.element, row * array.row_stride + column * array.column_stride,
              array.column_stride, extent, out);
@@ -36,10 +39,28 @@ __device__ __forceinline__ void load_constants(const PointwiseProblem& problem, 
     for (int i = 0; i < kCount; ++i) out[i] = out[i] < 0 ? kNaN<Real> : out[i];
   };
   load(problem.weight, factor);
-  load(problem.pos_weight, pos_weight);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) factor[i] = observed >> i & 1u ? factor[i] : Real(0);
+#pragma unroll
+  for (int k = 0; k < Parameters::kCount; ++k) {
+    Real values[kCount];
+    load(problem.parameters[k], values);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) parameters[i].value[k] = values[i];
+  }
 }
+
+// Label smoothing: the target becomes low + y * span.
+template <class Real>
+struct Smoothing {
+  Real low, span;
+
+  __device__ __forceinline__ explicit Smoothing(const PointwiseProblem& problem)
+      : low(static_cast<Real>(problem.label_smoothing / 2)),
+        span(static_cast<Real>(1 - problem.label_smoothing)) {}
+
+  __device__ __forceinline__ Real operator()(Real y) const { return low + y * span; }
+};
 
 // Partial sums of S and of the denominator, one per block; with `losses` the terms are written too.
 template <class Loss, class Scalar, Mode kMode>
@@ -58,6 +79,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   MLLOSS_SHARED_ARRAY(double, warps, kWarps);
 
   Tiles labels(problem, target_bitmap, mask_bitmap, values);
+  const Smoothing<Real> smoothed(problem);
   double total = 0, denominator = 0;
   for (int64_t unit = blockIdx.x; unit < units.count; unit += gridDim.x) {
     const Segment<Scalar> segment(problem, units, unit);
@@ -82,13 +104,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
           for (int i = 0; i < kCount; ++i) x[i] = kNaN<Real>;
         }
         if constexpr (kMode == Mode::kGeneral) {
-          Real factor[kCount], pos_weight[kCount];
-          load_constants(problem, segment.row, column, extent, observed, factor, pos_weight);
+          Real factor[kCount];
+          typename Loss::Parameters parameters[kCount];
+          load_constants(problem, segment.row, column, extent, observed, factor, parameters);
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
-            const Real y = loss.smoothed(vector.target[i]);
+            const Real y = smoothed(vector.target[i]);
             const Real value =
-                factor[i] == 0 ? Real(0) : factor[i] * loss.loss(x[i], y, pos_weight[i]);
+                factor[i] == 0 ? Real(0) : factor[i] * loss.soft_loss(x[i], y, parameters[i]);
             if (losses != nullptr && extent.holds(i)) {
               losses[segment.row * problem.columns + column + i] = value;
             }
@@ -96,12 +119,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
             if (problem.reduction == Reduction::kMeanNonzero) denominator += factor[i] != 0 ? 1 : 0;
             if (problem.reduction == Reduction::kWeightedMean) denominator += factor[i];
           }
+        } else if constexpr (!Loss::kIsSoftplus) {
+#pragma unroll
+          for (int i = 0; i < kCount; ++i) {
+            const Real value = loss.loss(x[i], vector.positive >> i & 1u, Loss::Parameters::ones());
+            linear += observed >> i & 1u ? value : Real(0);
+          }
         } else {
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
             Real z = x[i], part;
             if constexpr (is_soft(kMode)) {
-              part = loss.linear_part(z, loss.smoothed(vector.target[i]));
+              part = Loss::linear_part(z, smoothed(vector.target[i]));
             } else {
               // With the sign of positives flipped, every element is a negative.
               z = vector.positive >> i & 1u ? -z : z;
@@ -120,7 +149,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
           denominator += __popc(observed);
         }
       }
-      if constexpr (kMode != Mode::kGeneral) total += linear + log1p_nonnegative(q);
+      if constexpr (kMode != Mode::kGeneral) {
+        total += Loss::kIsSoftplus ? linear + log1p_nonnegative(q) : linear;
+      }
     }
   }
   total = block_sum(total, warps);
@@ -142,6 +173,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, is_soft(kMode)>::kValues));
 
   Tiles labels(problem, target_bitmap, mask_bitmap, values);
+  const Smoothing<Real> smoothed(problem);
   const Strided& grad_output = input.grad_output;
   const bool uniform = grad_output.row_stride == 0 && grad_output.column_stride == 0;
   Real scale = static_cast<Real>(*input.scale);
@@ -169,12 +201,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
           for (int i = 0; i < kCount; ++i) x[i] = kNaN<Real>;
         }
         if constexpr (is_soft(kMode)) {
-          Real factor[kCount], pos_weight[kCount], upstream[kCount];
+          Real factor[kCount], upstream[kCount];
+          typename Loss::Parameters parameters[kCount];
 #pragma unroll
           for (int i = 0; i < kCount; ++i) upstream[i] = 1;
           if constexpr (kMode == Mode::kGeneral) {
             load_constants(problem, segment.row, column, extent, vector.observed, factor,
-                           pos_weight);
+                           parameters);
             if (!uniform) {
               load_any(grad_output.data, grad_output.element,
                        segment.row * grad_output.row_stride + column * grad_output.column_stride,
@@ -184,23 +217,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 #pragma unroll
             for (int i = 0; i < kCount; ++i) {
               factor[i] = vector.observed >> i & 1u ? Real(1) : Real(0);
-              pos_weight[i] = 1;
+              parameters[i] = Loss::Parameters::ones();
             }
           }
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
-            const Real y = loss.smoothed(vector.target[i]);
+            const Real y = smoothed(vector.target[i]);
             const Real value =
-                scale * factor[i] * upstream[i] * loss.gradient(x[i], y, pos_weight[i]);
+                scale * factor[i] * upstream[i] * loss.soft_gradient(x[i], y, parameters[i]);
             gradient[i] = factor[i] == 0 ? Real(0) : value;
           }
         } else {
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
-            const bool is_positive = vector.positive >> i & 1u;
-            const Real z = is_positive ? -x[i] : x[i];
-            const Real value = scale * sigmoid_pair(z, exp_nonpositive(-absolute(z))).p;
-            gradient[i] = is_positive ? -value : value;
+            gradient[i] =
+                scale * loss.gradient(x[i], vector.positive >> i & 1u, Loss::Parameters::ones());
             if constexpr (is_masked(kMode)) {
               gradient[i] = vector.observed >> i & 1u ? gradient[i] : Real(0);
             }
@@ -214,12 +245,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // ---- Launching ----
 
-inline Mode mode_of(const PointwiseProblem& problem, bool keeps_hard_targets, bool per_element) {
-  if (per_element || problem.weight.data != nullptr || problem.pos_weight.data != nullptr) {
+inline Mode mode_of(const PointwiseProblem& problem, bool per_element) {
+  if (per_element || problem.weight.data != nullptr || problem.has_parameters()) {
     return Mode::kGeneral;
   }
   const bool masked = problem.mask.data != nullptr || problem.has_ignored;
-  if (needs_soft(problem) || !keeps_hard_targets) return masked ? Mode::kSoftMasked : Mode::kSoft;
+  if (needs_soft(problem) || problem.label_smoothing != 0) {
+    return masked ? Mode::kSoftMasked : Mode::kSoft;
+  }
   return masked ? Mode::kHardMasked : Mode::kHard;
 }
 
@@ -228,10 +261,11 @@ struct ModeConstant {
   static constexpr Mode value = kMode;
 };
 
-// Calls run(ModeConstant<mode>). fp64 has the general kernel only: it is there for checks.
-template <class Scalar, class Run>
+// Calls run(ModeConstant<mode>). fp64 has the general kernel only: it is there for checks. Losses
+// whose arithmetic outweighs the reading of labels have two.
+template <class Loss, class Scalar, class Run>
 cudaError_t dispatch_mode(Mode mode, const Run& run) {
-  if constexpr (sizeof(Scalar) < 8) {
+  if constexpr (sizeof(Scalar) < 8 && Loss::kIsSoftplus) {
     switch (mode) {
       case Mode::kHard:
         return run(ModeConstant<Mode::kHard>{});
@@ -244,6 +278,8 @@ cudaError_t dispatch_mode(Mode mode, const Run& run) {
       case Mode::kGeneral:
         break;
     }
+  } else if constexpr (sizeof(Scalar) < 8) {
+    if (!is_soft(mode)) return run(ModeConstant<Mode::kHardMasked>{});
   }
   return run(ModeConstant<Mode::kGeneral>{});
 }
@@ -252,44 +288,77 @@ cudaError_t dispatch_mode(Mode mode, const Run& run) {
 constexpr int64_t kPointwiseWorkspace = kReductionBlocks * sizeof(PartialSum);
 
 template <class Loss, class Scalar>
-cudaError_t launch_pointwise_forward(PointwiseProblem problem, const Loss& loss,
-                                     const ForwardOutput& output, void* workspace,
-                                     cudaStream_t stream) {
-  using Real = typename Loss::Real;
-  flatten(problem, nullptr);
+cudaError_t launch_forward_over_tiles(const PointwiseProblem& problem, typename Loss::Real* losses,
+                                      PartialSum* partial, dim3 grid, cudaStream_t stream) {
   const Units units = units_of(problem);
-  const dim3 grid = grid_of(units.count, kReductionBlocks);
-  auto* partial = static_cast<PartialSum*>(workspace);
-  const bool per_element = problem.reduction == Reduction::kNone;
-  auto* losses = per_element ? static_cast<Real*>(output.loss) : nullptr;
   const auto run = [&](auto mode) {
     constexpr Mode kMode = decltype(mode)::value;
     return MLLOSS_LAUNCH((pointwise_forward<Loss, Scalar, kMode>), grid, dim3(kThreads), stream,
-                         problem, loss, units, losses, partial);
+                         problem, Loss::from(problem), units, losses, partial);
   };
+  return dispatch_mode<Loss, Scalar>(mode_of(problem, losses != nullptr), run);
+}
+
+template <class Loss, class Scalar>
+cudaError_t launch_pointwise_forward(PointwiseProblem problem, const ForwardOutput& output,
+                                     void* workspace, cudaStream_t stream) {
+  using Real = typename Loss::Real;
+  flatten(problem, nullptr);
+  auto* partial = static_cast<PartialSum*>(workspace);
+  auto* losses = problem.reduction == Reduction::kNone ? static_cast<Real*>(output.loss) : nullptr;
+  const bool by_entries = problem.target.format == Format::kObserved;
+  const dim3 grid = grid_of(by_entries ? problem.rows : units_of(problem).count, kReductionBlocks);
   const cudaError_t error =
-      dispatch_mode<Scalar>(mode_of(problem, loss.keeps_hard_targets(), per_element), run);
+      by_entries ? launch_forward_over_entries<Loss>(problem, losses, partial, grid, stream)
+                 : launch_forward_over_tiles<Loss, Scalar>(problem, losses, partial, grid, stream);
   if (error != cudaSuccess) return error;
   return launch_finish<Real>(problem, partial, grid, output, stream);
 }
 
 template <class Loss, class Scalar>
-cudaError_t launch_pointwise_backward(PointwiseProblem problem, const Loss& loss,
-                                      const BackwardInput& input, const BackwardOutput& output,
-                                      cudaStream_t stream) {
+cudaError_t launch_pointwise_backward(PointwiseProblem problem, const BackwardInput& input,
+                                      const BackwardOutput& output, cudaStream_t stream) {
   // Nothing to write; grad_output may have no memory.
   if (problem.rows == 0 || problem.columns == 0) return cudaSuccess;
   flatten(problem, &input.grad_output);
+  if (problem.target.format == Format::kObserved) {
+    return launch_backward_over_entries<Loss, Scalar>(problem, input, output.grad_input, stream);
+  }
   const Units units = units_of(problem);
   const bool per_element =
       input.grad_output.row_stride != 0 || input.grad_output.column_stride != 0;
   const auto run = [&](auto mode) {
     constexpr Mode kMode = decltype(mode)::value;
     return MLLOSS_LAUNCH((pointwise_backward<Loss, Scalar, kMode>),
-                         grid_of(units.count, kMaxBlocks), dim3(kThreads), stream, problem, loss,
-                         units, input, static_cast<Scalar*>(output.grad_input));
+                         grid_of(units.count, kMaxBlocks), dim3(kThreads), stream, problem,
+                         Loss::from(problem), units, input,
+                         static_cast<Scalar*>(output.grad_input));
   };
-  return dispatch_mode<Scalar>(mode_of(problem, loss.keeps_hard_targets(), per_element), run);
+  return dispatch_mode<Loss, Scalar>(mode_of(problem, per_element), run);
 }
 
 }  // namespace mlloss::cuda
+
+// Defines the launchers of a loss, declared in kernels.h, from its formula, a header in math/.
+#define MLLOSS_POINTWISE_LAUNCHERS(name, Loss)                                                     \
+  namespace mlloss::cuda::name {                                                                   \
+  int64_t workspace(const PointwiseProblem&) { return kPointwiseWorkspace; }                       \
+                                                                                                   \
+  cudaError_t forward(const PointwiseProblem& problem, const ForwardOutput& output, void* scratch, \
+                      cudaStream_t stream) {                                                       \
+    return dispatch_logits(problem.element, [&](auto scalar) {                                     \
+      using Scalar = typename decltype(scalar)::Type;                                              \
+      using Formula = Loss<typename Arithmetic<Scalar>::Real>;                                     \
+      return launch_pointwise_forward<Formula, Scalar>(problem, output, scratch, stream);          \
+    });                                                                                            \
+  }                                                                                                \
+                                                                                                   \
+  cudaError_t backward(const PointwiseProblem& problem, const BackwardInput& input,                \
+                       const BackwardOutput& output, cudaStream_t stream) {                        \
+    return dispatch_logits(problem.element, [&](auto scalar) {                                     \
+      using Scalar = typename decltype(scalar)::Type;                                              \
+      using Formula = Loss<typename Arithmetic<Scalar>::Real>;                                     \
+      return launch_pointwise_backward<Formula, Scalar>(problem, input, output, stream);           \
+    });                                                                                            \
+  }                                                                                                \
+  }

@@ -14,6 +14,8 @@
 
 #include <cfloat>
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #ifdef MLLOSS_EMULATED
 
@@ -40,6 +42,17 @@
 #endif
 
 namespace mlloss {
+
+// Writes zeros, in the order of the stream.
+inline cudaError_t fill_with_zeros(void* data, int64_t bytes,
+                                   [[maybe_unused]] cudaStream_t stream) {
+#ifdef MLLOSS_EMULATED
+  if (bytes > 0) std::memset(data, 0, static_cast<size_t>(bytes));
+  return cudaSuccess;
+#else
+  return cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream);
+#endif
+}
 
 // What `.ftz` does to operands and results of the approximate instructions below. Off the GPU it is
 // imitated, so that tests see the same cut-offs far out: exp2_approx(-127) is 0, not 2^-127.

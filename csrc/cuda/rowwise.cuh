@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/entries.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/tiles.cuh"
 #include "cuda/vector.cuh"
@@ -96,6 +97,33 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   }
 }
 
+// The sums of each row of which only the listed labels are observed.
+template <class Real>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    rowwise_entries_sums(const RowwiseProblem problem, RowSums<Real>* __restrict__ sums) {  // [N]
+  MLLOSS_SHARED_ARRAY(ScaledSum<Real>, warps, kWarps);
+  EntryRow<Real> entries(problem);
+  for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
+    RowSums<Real> sum = RowSums<Real>::empty();
+    if (entries.start(row)) {
+      for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
+        if (!entries.counts(i)) continue;
+        const Real x = entries.logit(entries.column(i)), y = entries.target(i);
+        const Real logit[1] = {x}, minus_logit[1] = {-x}, positive[1] = {y}, negative[1] = {1 - y};
+        add_exponentials(sum.positive, minus_logit, positive);
+        add_exponentials(sum.negative, logit, negative);
+      }
+    } else {
+      sum.positive.sum = sum.negative.sum = kNaN<Real>;
+    }
+    const auto merge = [](ScaledSum<Real> a, ScaledSum<Real> b) { return combine(a, b); };
+    const auto shuffle = [](ScaledSum<Real> a, int lanes) { return shuffle_sum(a, lanes); };
+    sum.positive = block_reduce(sum.positive, warps, merge, shuffle);
+    sum.negative = block_reduce(sum.negative, warps, merge, shuffle);
+    if (threadIdx.x == 0) sums[row] = sum;
+  }
+}
+
 // The constant weight of a row: NaN where negative.
 template <class Real>
 __device__ __forceinline__ Real row_weight(const RowwiseProblem& problem, int64_t row) {
@@ -144,6 +172,49 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   if (threadIdx.x == 0) partial[blockIdx.x] = {total, counted};
 }
 
+// What the gradient of a row is computed with.
+template <class Loss, class Real>
+struct RowGradient {
+  RowStatistics<Real> statistics;
+  Real scale;
+  Real positive_factor, negative_factor;
+
+  __device__ __forceinline__ RowGradient(const RowwiseProblem& problem, const BackwardInput& input,
+                                         int64_t row) {
+    statistics = static_cast<const RowStatistics<Real>*>(input.statistics)[row];
+    const double weight = row_weight<double>(problem, row);
+    const double upstream = load_one<double>(input.grad_output.data, input.grad_output.element,
+                                             row * input.grad_output.row_stride);
+    scale = weight == 0 ? Real(0) : static_cast<Real>(weight * upstream * *input.scale);
+    positive_factor = -scale * statistics.positive_factor;
+    negative_factor = scale * statistics.negative_factor;
+  }
+
+  // One thread of each row calls this.
+  __device__ __forceinline__ void write_threshold(const RowwiseProblem& problem, int64_t row,
+                                                  Real* grad_threshold) const {
+    if constexpr (Loss::kHasThreshold) {
+      const Real threshold = static_cast<Real>(row_threshold(problem, row));
+      grad_threshold[row] =
+          scale == 0 ? Real(0) : scale * Loss::threshold_gradient(statistics, threshold);
+    }
+  }
+
+  __device__ __forceinline__ Real at(Real x, bool is_positive) const {
+    const Real exponent =
+        is_positive ? -x - statistics.positive_shift : x - statistics.negative_shift;
+    return (is_positive ? positive_factor : negative_factor) * exp_nonpositive(exponent);
+  }
+
+  // Selected: an infinite logit may meet a factor of 0.
+  __device__ __forceinline__ Real at_soft(Real x, Real y) const {
+    const Real positive = y * exp_nonpositive(-x - statistics.positive_shift);
+    const Real negative = (1 - y) * exp_nonpositive(x - statistics.negative_shift);
+    return (y == 0 ? Real(0) : positive_factor * positive) +
+           (y == 1 ? Real(0) : negative_factor * negative);
+  }
+};
+
 template <class Loss, class Scalar, bool kSoft>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     rowwise_backward(const RowwiseProblem problem, const Units units, const BackwardInput input,
@@ -158,20 +229,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
   MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, kSoft>::kValues));
 
   Tiles labels(problem, target_bitmap, mask_bitmap, values);
-  const auto* statistics = static_cast<const RowStatistics<Real>*>(input.statistics);
   for (int64_t unit = blockIdx.x; unit < units.count; unit += gridDim.x) {
     const Segment<Scalar> segment(problem, units, unit);
     const int64_t row = segment.row;
-    const RowStatistics<Real> own = statistics[row];
-    const double weight = row_weight<double>(problem, row);
-    const double upstream = load_one<double>(input.grad_output.data, input.grad_output.element,
-                                             row * input.grad_output.row_stride);
-    const Real scale = weight == 0 ? Real(0) : static_cast<Real>(weight * upstream * *input.scale);
-    const Real positive_factor = -scale * own.positive_factor;
-    const Real negative_factor = scale * own.negative_factor;
+    const RowGradient<Loss, Real> own(problem, input, row);
     if (threadIdx.x == 0 && unit % units.per_row == 0) {
-      const Real threshold = static_cast<Real>(row_threshold(problem, row));
-      grad_threshold[row] = scale == 0 ? Real(0) : scale * Loss::threshold_gradient(own, threshold);
+      own.write_threshold(problem, row, grad_threshold);
     }
     Scalar* gradient_row = grad_input + row * problem.columns;
     labels.start_row(row, segment.shift);
@@ -190,23 +253,39 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
         for (int i = 0; i < kCount; ++i) {
           if (!labels.is_valid()) x[i] = kNaN<Real>;
           if constexpr (kSoft) {
-            // Selected: an infinite logit may meet a factor of 0.
-            const Real y = vector.target[i];
-            const Real positive = y * exp_nonpositive(-x[i] - own.positive_shift);
-            const Real negative = (1 - y) * exp_nonpositive(x[i] - own.negative_shift);
-            gradient[i] = (y == 0 ? Real(0) : positive_factor * positive) +
-                          (y == 1 ? Real(0) : negative_factor * negative);
+            gradient[i] = own.at_soft(x[i], vector.target[i]);
           } else {
-            const bool is_positive = vector.positive >> i & 1u;
-            const Real exponent =
-                is_positive ? -x[i] - own.positive_shift : x[i] - own.negative_shift;
-            gradient[i] =
-                (is_positive ? positive_factor : negative_factor) * exp_nonpositive(exponent);
+            gradient[i] = own.at(x[i], vector.positive >> i & 1u);
           }
-          if (scale == 0 || !(vector.observed >> i & 1u)) gradient[i] = 0;
+          if (own.scale == 0 || !(vector.observed >> i & 1u)) gradient[i] = 0;
         }
         store_gradients(gradient_row, column, extent, gradient);
       }
+    }
+  }
+}
+
+// The same where only the listed labels are observed; `grad_input` [N, C] is 0 before the launch.
+template <class Loss, class Real>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    rowwise_entries_backward(const RowwiseProblem problem, const BackwardInput input,
+                             void* __restrict__ grad_input,
+                             Real* __restrict__ grad_threshold) {  // [N]
+  EntryRow<Real> entries(problem);
+  for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
+    const RowGradient<Loss, Real> own(problem, input, row);
+    if (threadIdx.x == 0) own.write_threshold(problem, row, grad_threshold);
+    const bool valid = entries.start(row);
+    if (own.scale == 0) continue;
+    if (!valid) {
+      invalidate_row<Real>(problem, row, grad_input, problem.element);
+      continue;
+    }
+    for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
+      if (!entries.counts(i)) continue;
+      const int64_t column = entries.column(i);
+      store_one(own.at_soft(entries.logit(column), entries.target(i)), grad_input, problem.element,
+                row * problem.columns + column);
     }
   }
 }
@@ -229,12 +308,16 @@ template <class Loss, class Scalar>
 cudaError_t launch_rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
                                    void* workspace, cudaStream_t stream) {
   using Real = typename Arithmetic<Scalar>::Real;
-  const Units units = units_of(problem);
+  Units units = units_of(problem);
   auto* partial = static_cast<PartialSum*>(workspace);                        // [row_grid]
   auto* sums = reinterpret_cast<RowSums<Real>*>(partial + kReductionBlocks);  // [N, segments]
   const dim3 grid = grid_of(units.count, kMaxBlocks);
   cudaError_t error;
-  if (!kHasHardKernel<Scalar> || needs_soft(problem)) {
+  if (problem.target.format == Format::kObserved) {
+    units.per_row = 1;
+    error = MLLOSS_LAUNCH((rowwise_entries_sums<Real>), grid_of(problem.rows, kMaxBlocks),
+                          dim3(kThreads), stream, problem, sums);
+  } else if (!kHasHardKernel<Scalar> || needs_soft(problem)) {
     error = MLLOSS_LAUNCH((rowwise_sums<Scalar, true>), grid, dim3(kThreads), stream, problem,
                           units, sums);
   } else {
@@ -260,6 +343,13 @@ cudaError_t launch_rowwise_backward(const RowwiseProblem& problem, const Backwar
   const dim3 grid = grid_of(units.count, kMaxBlocks);
   auto* grad_input = static_cast<Scalar*>(output.grad_input);
   auto* grad_threshold = static_cast<Real*>(output.grad_threshold);
+  if (problem.target.format == Format::kObserved) {
+    const int64_t bytes = problem.rows * problem.columns * int64_t(sizeof(Scalar));
+    const cudaError_t error = fill_with_zeros(grad_input, bytes, stream);
+    if (error != cudaSuccess) return error;
+    return MLLOSS_LAUNCH((rowwise_entries_backward<Loss, Real>), grid_of(problem.rows, kMaxBlocks),
+                         dim3(kThreads), stream, problem, input, output.grad_input, grad_threshold);
+  }
   if (!kHasHardKernel<Scalar> || needs_soft(problem)) {
     return MLLOSS_LAUNCH((rowwise_backward<Loss, Scalar, true>), grid, dim3(kThreads), stream,
                          problem, units, input, grad_input, grad_threshold);
@@ -269,3 +359,25 @@ cudaError_t launch_rowwise_backward(const RowwiseProblem& problem, const Backwar
 }
 
 }  // namespace mlloss::cuda
+
+// Defines the launchers of a loss, declared in kernels.h, from its formula, a header in math/.
+#define MLLOSS_ROWWISE_LAUNCHERS(name, Loss)                                                     \
+  namespace mlloss::cuda::name {                                                                 \
+  int64_t workspace(const RowwiseProblem& problem) { return rowwise_workspace(problem); }        \
+                                                                                                 \
+  cudaError_t forward(const RowwiseProblem& problem, const ForwardOutput& output, void* scratch, \
+                      cudaStream_t stream) {                                                     \
+    return dispatch_logits(problem.element, [&](auto scalar) {                                   \
+      using Scalar = typename decltype(scalar)::Type;                                            \
+      return launch_rowwise_forward<Loss, Scalar>(problem, output, scratch, stream);             \
+    });                                                                                          \
+  }                                                                                              \
+                                                                                                 \
+  cudaError_t backward(const RowwiseProblem& problem, const BackwardInput& input,                \
+                       const BackwardOutput& output, cudaStream_t stream) {                      \
+    return dispatch_logits(problem.element, [&](auto scalar) {                                   \
+      using Scalar = typename decltype(scalar)::Type;                                            \
+      return launch_rowwise_backward<Loss, Scalar>(problem, input, output, stream);              \
+    });                                                                                          \
+  }                                                                                              \
+  }

@@ -173,8 +173,9 @@ class LabelTiles {
     const Labels& mask = problem_.mask;
     if (mask.data != nullptr && mask_is_valid_) {
       labels.observed &=
-          mask.format == Format::kSparse
-              ? bitmap_at(mask_bitmap_, offset)
+          mask.format == Format::kSparse ? bitmap_at(mask_bitmap_, offset)
+          : mask.format == Format::kPacked
+              ? load_packed<kCount>(words_of(mask), column, extent)
               : load_bits<kCount>(address_of(mask, column), mask.column_stride, extent);
     }
     return labels;
@@ -236,6 +237,10 @@ class LabelTiles {
            column * labels.column_stride;
   }
 
+  __device__ __forceinline__ const uint32_t* words_of(const Labels& labels) const {
+    return static_cast<const uint32_t*>(labels.data) + row_ * labels.row_stride;
+  }
+
   __device__ __forceinline__ void read_target(int offset, int64_t column, Extent extent,
                                               VectorLabels<Real, kCount>& labels) const {
     const Labels& target = problem_.target;
@@ -254,6 +259,11 @@ class LabelTiles {
         labels.positive = bitmap_at(target_bitmap_, offset);
         if constexpr (kSoft) fill_from_bits(labels);
       }
+      return;
+    }
+    if (target.format == Format::kPacked) {
+      labels.positive = load_packed<kCount>(words_of(target), column, extent);
+      if constexpr (kSoft) fill_from_bits(labels);
       return;
     }
     if (target.element == Element::kBool) {
@@ -298,7 +308,8 @@ class LabelTiles {
   int64_t mask_first_ = 0, mask_last_ = 0;
 };
 
-// Whether targets have to be read as numbers: anything but bool and sparse labels without values.
+// Whether targets have to be read as numbers: anything but bool, packed labels, and sparse labels
+// without values.
 inline bool needs_soft(const Problem& problem) {
   return problem.target.format == Format::kDense ? problem.target.element != Element::kBool
                                                  : problem.target.values != nullptr;

@@ -264,6 +264,37 @@ __device__ __forceinline__ uint32_t load_bits(const uint8_t* data, int64_t strid
   return bits;
 }
 
+// Bit i of the result: label column + i of a row of packed labels, for the elements in `extent`.
+template <int kCount>
+__device__ __forceinline__ uint32_t load_packed(const uint32_t* words, int64_t column,
+                                                Extent extent) {
+  const int64_t begin = column + extent.first;  // not before the row, where column may be
+  const int count = extent.last - extent.first;
+  const int64_t word = begin / 32;
+  const int shift = static_cast<int>(begin % 32);
+  uint32_t bits = words[word] >> shift;
+  if (shift + count > 32) bits |= words[word + 1] << (32 - shift);
+  return (bits & ((1u << count) - 1u)) << extent.first;
+}
+
+// Rounds and writes one number of a tensor with a dtype of logits.
+template <class Real>
+__device__ __forceinline__ void store_one(Real value, void* data, Element element, int64_t index) {
+  switch (element) {
+    case Element::kHalf:
+      from_real(static_cast<float>(value), static_cast<__half*>(data) + index);
+      break;
+    case Element::kBFloat16:
+      from_real(static_cast<float>(value), static_cast<__nv_bfloat16*>(data) + index);
+      break;
+    case Element::kDouble:
+      static_cast<double*>(data)[index] = value;
+      break;
+    default:
+      static_cast<float*>(data)[index] = static_cast<float>(value);
+  }
+}
+
 __device__ __forceinline__ int64_t index_at(const void* data, Element element, int64_t index) {
   return element == Element::kInt32 ? static_cast<const int32_t*>(data)[index]
                                     : static_cast<const int64_t*>(data)[index];

@@ -63,6 +63,8 @@ struct RowStatistics {
 };
 
 struct MultilabelCategoricalCrossentropy {
+  static constexpr bool kHasThreshold = true;
+
   // The sums of one row, in fp64 since this happens once per row. Returns L.
   template <class Real>
   MLLOSS_MATH static double finish(ScaledSum<double> positive, ScaledSum<double> negative,

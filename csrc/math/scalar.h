@@ -40,11 +40,14 @@ MLLOSS_MATH int32_t bits_from_float(float value) {
 }
 #endif
 
-// e^x for x <= 0 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
-MLLOSS_MATH float exp_nonpositive(float x) {
-#if MLLOSS_DEVICE_MATH
-  return exp2_approx(x * 1.44269504f);
-#else
+#if !MLLOSS_DEVICE_MATH
+// e^x = 2^k (1 + rest) for -87 < x <= 0.
+struct ExponentialParts {
+  float power;  // 2^k
+  float rest;
+};
+
+MLLOSS_MATH ExponentialParts exponential_parts(float x) {
   // x = k ln 2 + r with |r| <= ln(2) / 2. Adding 1.5 * 2^23 rounds to an integer, and leaves that
   // integer in the low bits.
   const float kRound = 12582912.0f;
@@ -58,27 +61,13 @@ MLLOSS_MATH float exp_nonpositive(float x) {
   p = p * r + 4.16683880e-2f;
   p = p * r + 1.66665206e-1f;
   p = p * r + 4.99999934e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // A multiplication rather than an addition to the exponent: NaN stays NaN whatever its payload.
-  const float power = float_from_bits((bits_from_float(shifted) << 23) + 0x3f800000);
-  return x < -87.3365448f ? 0.0f : p * power;
-#endif
+  // A multiplication with the power rather than an addition to the exponent: NaN stays NaN whatever
+  // its payload.
+  return {float_from_bits((bits_from_float(shifted) << 23) + 0x3f800000), p * (r * r) + r};
 }
 
-MLLOSS_MATH double exp_nonpositive(double x) { return std::exp(x); }
-
-// log(1 + q) for q >= 0.
-MLLOSS_MATH float log1p_nonnegative(float q) {
-#if MLLOSS_DEVICE_MATH
-  return log1pf(q);
-#else
-  // 1 + q = 2^k m with m in [sqrt(1/2), sqrt(2)); `lost` is what rounding 1 + q dropped.
-  const float u = 1.0f + q;
-  const float lost = q < 1.0f ? q - (u - 1.0f) : 1.0f - (u - q);
-  const int32_t bits = bits_from_float(u);
-  const int32_t k = (bits - 0x3f3504f3) >> 23;
-  const float m = float_from_bits(bits - (k << 23));
-  const float f = (m - 1.0f) + lost * float_from_bits(0x3f800000 - (k << 23));
+// log of 2^exponent (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1].
+MLLOSS_MATH float log_of_parts(float exponent, float f) {
   // (log(1 + f) - f + f^2 / 2) / f^3: minimax polynomial, relative error of the logarithm 8e-10.
   float p = 6.74663395e-2f;
   p = p * f - 1.16756455e-1f;
@@ -89,15 +78,88 @@ MLLOSS_MATH float log1p_nonnegative(float q) {
   p = p * f + 2.00021186e-1f;
   p = p * f - 2.50000096e-1f;
   p = p * f + 3.33333126e-1f;
-  const float exponent = static_cast<float>(k);
   float y = p * f * (f * f);
   y = y + exponent * -2.12194440e-4f;  // ln 2 = 0.693359375 - 2.1219444e-4
   y = y - 0.5f * (f * f);
   return f + y + exponent * 0.693359375f;
+}
+
+// log(u + lost), u > 0 normal, |lost| at most a rounding error of u.
+MLLOSS_MATH float log_of_sum(float u, float lost) {
+  // u = 2^k m with m in [sqrt(1/2), sqrt(2)).
+  const int32_t bits = bits_from_float(u);
+  const int32_t k = (bits - 0x3f3504f3) >> 23;
+  const float m = float_from_bits(bits - (k << 23));
+  const float f = (m - 1.0f) + lost * float_from_bits(0x3f800000 - (k << 23));
+  return log_of_parts(static_cast<float>(k), f);
+}
+#endif
+
+// e^x for x <= 0 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
+MLLOSS_MATH float exp_nonpositive(float x) {
+#if MLLOSS_DEVICE_MATH
+  return exp2_approx(x * 1.44269504f);
+#else
+  const ExponentialParts parts = exponential_parts(x);
+  return x < -87.3365448f ? 0.0f : (parts.rest + 1.0f) * parts.power;
+#endif
+}
+
+MLLOSS_MATH double exp_nonpositive(double x) { return std::exp(x); }
+
+// e^x - 1 for x <= 0 (or NaN), to full relative precision.
+MLLOSS_MATH float expm1_nonpositive(float x) {
+#if MLLOSS_DEVICE_MATH
+  return expm1f(x);
+#else
+  const ExponentialParts parts = exponential_parts(x);
+  return x < -87.0f ? -1.0f : parts.rest * parts.power + (parts.power - 1.0f);
+#endif
+}
+
+MLLOSS_MATH double expm1_nonpositive(double x) { return std::expm1(x); }
+
+// log(1 + q) for q >= 0.
+MLLOSS_MATH float log1p_nonnegative(float q) {
+#if MLLOSS_DEVICE_MATH
+  return log1pf(q);
+#else
+  const float u = 1.0f + q;
+  // What rounding dropped. NaN goes its way through here.
+  const float lost = q < 1.0f ? q - (u - 1.0f) : 1.0f - (u - q);
+  return log_of_sum(u, lost);
 #endif
 }
 
 MLLOSS_MATH double log1p_nonnegative(double q) { return std::log1p(q); }
+
+// log(1 + q) for -1 <= q <= 0 (or NaN).
+MLLOSS_MATH float log1p_nonpositive(float q) {
+#if MLLOSS_DEVICE_MATH
+  return log1pf(q);
+#else
+  const float u = 1.0f + q;
+  return u == 0 ? -kInfinity<float> : log_of_sum(u, q - (u - 1.0f));
+#endif
+}
+
+MLLOSS_MATH double log1p_nonpositive(double q) { return std::log1p(q); }
+
+// log(x) for 0 <= x <= 1 (or NaN).
+MLLOSS_MATH float log_unit(float x) {
+#if MLLOSS_DEVICE_MATH
+  return logf(x);
+#else
+  const bool subnormal = x < 1.17549435e-38f;
+  const float normal = subnormal ? x * 16777216.0f : x;  // 2^24
+  // Nothing is lost, but x * 0 keeps NaN.
+  const float logarithm = log_of_sum(normal, x * 0);
+  const float value = subnormal ? logarithm - 16.6355323f : logarithm;  // 24 ln 2
+  return x == 0 ? -kInfinity<float> : value;
+#endif
+}
+
+MLLOSS_MATH double log_unit(double x) { return std::log(x); }
 
 // 1 / x for 1 <= x <= 2.
 MLLOSS_MATH float reciprocal(float x) {
@@ -120,6 +182,19 @@ template <class Real>
 MLLOSS_MATH Real positive_part(Real x) {
   return x < 0 ? Real(0) : x;
 }
+
+// What a pointwise loss is given per element besides logit and target; 1 where nothing is given.
+template <class Real, int kCount_>
+struct ElementParameters {
+  static constexpr int kCount = kCount_;
+  Real value[kCount > 0 ? kCount : 1];
+
+  MLLOSS_MATH static ElementParameters ones() {
+    ElementParameters parameters;
+    for (Real& value : parameters.value) value = 1;
+    return parameters;
+  }
+};
 
 // sigmoid(x) and sigmoid(-x), both to full relative precision: neither is one minus the other.
 template <class Real>

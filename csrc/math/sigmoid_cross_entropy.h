@@ -5,48 +5,59 @@
 //
 // with softplus(z) = max(z, 0) + log1p(exp(-|z|)), which keeps every digit of confident negatives.
 // The same function as torch.nn.functional.binary_cross_entropy_with_logits.
+//
+// This header is also the model for others. A pointwise loss offers kParameters (constants per
+// element), from() (its constants from a problem), and value and derivative for hard targets (bool)
+// and soft ones (numbers in [0, 1]; at 0 and 1 the same as for hard ones).
 #pragma once
 #include "math/scalar.h"
+#include "problem.h"
 
 namespace mlloss {
 
 template <class Real_>
 struct SigmoidCrossEntropy {
   using Real = Real_;
+  static constexpr int kParameters = 1;  // pos_weight
+  using Parameters = ElementParameters<Real, kParameters>;
 
-  // Label smoothing e: the target becomes y (1 - e) + e / 2 (TensorFlow, Keras).
-  Real low = 0;   // what y = 0 becomes
-  Real span = 1;  // the target becomes low + y * span
+  // Without parameters L = softplus(z), z = x for negatives and -x for positives, so loops may take
+  // the logarithms of many elements at once: log1p(e_1) + log1p(e_2) + ... = log1p(q) with
+  // q <- q + e + q e, e = exp(-|x|).
+  static constexpr bool kIsSoftplus = true;
 
-  static SigmoidCrossEntropy with_smoothing(double label_smoothing) {
-    return {static_cast<Real>(label_smoothing / 2), static_cast<Real>(1 - label_smoothing)};
+  static SigmoidCrossEntropy from(const PointwiseProblem&) { return {}; }
+
+  MLLOSS_MATH Real loss(Real x, bool positive, const Parameters& parameters) const {
+    const Real z = positive ? -x : x;
+    const Real value = positive_part(z) + log1p_nonnegative(exp_nonpositive(-absolute(z)));
+    return positive ? parameters.value[0] * value : value;
   }
 
-  // Whether targets of 0 and 1 stay 0 and 1.
-  MLLOSS_MATH bool keeps_hard_targets() const { return span == Real(1); }
-
-  MLLOSS_MATH Real smoothed(Real y) const { return low + y * span; }
-
-  // Without pos_weight, L = linear_part + log1p(e), e = exp(-|x|): the logarithms of many elements
-  // can be taken at once, log1p(e_1) + log1p(e_2) + ... = log1p(q) with q <- q + e + q e.
-  // `y` is smoothed. Selected rather than multiplied: an infinite logit on its right side costs 0.
-  MLLOSS_MATH Real linear_part(Real x, Real y) const {
-    const Real factor = x < 0 ? -y : Real(1) - y;
-    return factor == 0 ? Real(0) : factor * x;
+  MLLOSS_MATH Real gradient(Real x, bool positive, const Parameters& parameters) const {
+    const Real z = positive ? -x : x;
+    const Real p = sigmoid_pair(z, exp_nonpositive(-absolute(z))).p;
+    return positive ? -parameters.value[0] * p : p;
   }
 
-  // `y` is smoothed.
-  MLLOSS_MATH Real loss(Real x, Real y, Real pos_weight) const {
+  // Selected rather than multiplied: an infinite logit on its right side costs 0.
+  MLLOSS_MATH Real soft_loss(Real x, Real y, const Parameters& parameters) const {
     const Real logarithm = log1p_nonnegative(exp_nonpositive(-absolute(x)));
-    const Real positive = y == 0 ? Real(0) : pos_weight * y * (positive_part(-x) + logarithm);
+    const Real positive =
+        y == 0 ? Real(0) : parameters.value[0] * y * (positive_part(-x) + logarithm);
     const Real negative = y == 1 ? Real(0) : (1 - y) * (positive_part(x) + logarithm);
     return positive + negative;
   }
 
-  // `y` is smoothed.
-  MLLOSS_MATH Real gradient(Real x, Real y, Real pos_weight) const {
+  MLLOSS_MATH Real soft_gradient(Real x, Real y, const Parameters& parameters) const {
     const SigmoidPair<Real> sigmoid = sigmoid_pair(x, exp_nonpositive(-absolute(x)));
-    return (1 - y) * sigmoid.p - pos_weight * y * sigmoid.q;
+    return (1 - y) * sigmoid.p - parameters.value[0] * y * sigmoid.q;
+  }
+
+  // What log1p(exp(-|x|)) lacks of the loss of a soft target without parameters.
+  MLLOSS_MATH static Real linear_part(Real x, Real y) {
+    const Real factor = x < 0 ? -y : Real(1) - y;
+    return factor == 0 ? Real(0) : factor * x;
   }
 };
 

@@ -54,7 +54,7 @@ class TensorView {
   Element element_ = Element::kFloat;
 };
 
-struct EmulatedBackend {
+struct EmulatedTensors {
   using Tensor = TensorView;
 
   static void check(bool holds, const char* what) {
@@ -62,43 +62,32 @@ struct EmulatedBackend {
   }
 
   static Element element(const Tensor& tensor) { return tensor.element(); }
-
-  // Poisoned, as no kernel may rely on what it finds there; of exactly the size that was asked for,
-  // so that AddressSanitizer sees its end.
-  static std::vector<unsigned char> workspace(int64_t bytes) {
-    return std::vector<unsigned char>(static_cast<size_t>(bytes), 0xff);
-  }
-
-  static void sigmoid_cross_entropy_forward(const Tensor&, const PointwiseProblem& problem,
-                                            double label_smoothing, const ForwardOutput& output) {
-    auto scratch = workspace(cuda::sigmoid_cross_entropy_workspace(problem));
-    emulation::check(cuda::sigmoid_cross_entropy_forward(problem, label_smoothing, output,
-                                                         scratch.data(), nullptr));
-  }
-
-  static void sigmoid_cross_entropy_backward(const Tensor&, const PointwiseProblem& problem,
-                                             double label_smoothing, const BackwardInput& input,
-                                             const BackwardOutput& output) {
-    emulation::check(
-        cuda::sigmoid_cross_entropy_backward(problem, label_smoothing, input, output, nullptr));
-  }
-
-  static void multilabel_categorical_crossentropy_forward(const Tensor&,
-                                                          const RowwiseProblem& problem,
-                                                          const ForwardOutput& output) {
-    auto scratch = workspace(cuda::multilabel_categorical_crossentropy_workspace(problem));
-    emulation::check(cuda::multilabel_categorical_crossentropy_forward(problem, output,
-                                                                       scratch.data(), nullptr));
-  }
-
-  static void multilabel_categorical_crossentropy_backward(const Tensor&,
-                                                           const RowwiseProblem& problem,
-                                                           const BackwardInput& input,
-                                                           const BackwardOutput& output) {
-    emulation::check(
-        cuda::multilabel_categorical_crossentropy_backward(problem, input, output, nullptr));
-  }
 };
+
+// Poisoned, as no kernel may rely on what it finds there; of exactly the size that was asked for,
+// so that AddressSanitizer sees its end.
+std::vector<unsigned char> scratch_memory(int64_t bytes) {
+  return std::vector<unsigned char>(static_cast<size_t>(bytes), 0xff);
+}
+
+#define MLLOSS_KERNELS(name, ...)                                                             \
+  struct name##_kernels : EmulatedTensors {                                                   \
+    template <class Problem>                                                                  \
+    static void forward(const Tensor&, const Problem& problem, const ForwardOutput& output) { \
+      auto scratch = scratch_memory(cuda::name::workspace(problem));                          \
+      emulation::check(cuda::name::forward(problem, output, scratch.data(), nullptr));        \
+    }                                                                                         \
+    template <class Problem>                                                                  \
+    static void backward(const Tensor&, const Problem& problem, const BackwardInput& input,   \
+                         const BackwardOutput& output) {                                      \
+      emulation::check(cuda::name::backward(problem, input, output, nullptr));                \
+    }                                                                                         \
+  };
+
+MLLOSS_POINTWISE_LOSSES(MLLOSS_KERNELS)
+MLLOSS_ROWWISE_LOSSES(MLLOSS_KERNELS)
+MLLOSS_POINTWISE_LOSSES(MLLOSS_POINTWISE_OPERATORS)
+MLLOSS_ROWWISE_LOSSES(MLLOSS_ROWWISE_OPERATORS)
 
 }  // namespace mlloss
 
@@ -114,12 +103,11 @@ struct pybind11::detail::type_caster<mlloss::TensorView> {
 };
 
 PYBIND11_MODULE(mlloss_emulated, module) {
-  using Emulated = mlloss::Operators<mlloss::EmulatedBackend>;
   mlloss::emulation::bind_controls(module);
-  module.def("sigmoid_cross_entropy_out", &Emulated::sigmoid_cross_entropy_out);
-  module.def("sigmoid_cross_entropy_backward_out", &Emulated::sigmoid_cross_entropy_backward_out);
-  module.def("multilabel_categorical_crossentropy_out",
-             &Emulated::multilabel_categorical_crossentropy_out);
-  module.def("multilabel_categorical_crossentropy_backward_out",
-             &Emulated::multilabel_categorical_crossentropy_backward_out);
+#define MLLOSS_BIND(name, ...)                                  \
+  module.def(#name "_out", &mlloss::name##_operators::forward); \
+  module.def(#name "_backward_out", &mlloss::name##_operators::backward);
+  MLLOSS_POINTWISE_LOSSES(MLLOSS_BIND)
+  MLLOSS_ROWWISE_LOSSES(MLLOSS_BIND)
+#undef MLLOSS_BIND
 }

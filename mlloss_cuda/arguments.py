@@ -1,0 +1,321 @@
+"""Checks of the arguments of the losses, apart from targets and masks (``targets.py``).
+
+Each function takes an argument as given and returns it as the layers below expect it, or raises an
+error that names the argument, what was expected and what was seen. Nothing synchronises.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .targets import (
+    DENSE,
+    FLOATING_DTYPES,
+    TARGET_DTYPES,
+    Labels,
+    broadcast_to_input,
+    check_strided,
+    contents_are_debugged,
+    contents_may_be_checked,
+    rows_and_labels,
+)
+
+REDUCTIONS = ("none", "sum", "mean", "mean_nonzero", "weighted_mean", "batchmean")
+
+# Over what dice_loss and tversky_loss take their sums.
+AXES = ("samples", "classes", "micro")
+PARTITIONS = (None, "poisson", "mse")
+
+
+def check_input(input: Tensor, name: str = "input", content: str = "logits") -> None:
+    """Check what a loss is computed from: a floating tensor ``[..., C]``."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"{name} must be a tensor of {content}, got {type(input).__name__}")
+    if input.dtype not in FLOATING_DTYPES:
+        raise TypeError(
+            f"{name} must have one of the dtypes float32, bfloat16, float16, float64, "
+            f"got {input.dtype}"
+        )
+    check_strided(input, name)
+    if input.dim() == 0:
+        raise ValueError(f"{name} must have shape [..., C], got a 0-d tensor")
+
+
+def check_target_values(
+    logits: Tensor, target: Labels, mask: Labels | None, ignore_index: float | None
+) -> None:
+    """Raise where a dense target that is used lies outside [0, 1], if `debug_checks` are on."""
+    if target.format != DENSE or not contents_are_debugged(target.data):
+        return
+    _, y, _ = reference.used_elements(logits, target, mask, ignore_index)
+    wrong = y.isnan()
+    if bool(wrong.any()):
+        raise ValueError(f"target must lie in [0, 1], got {target.data[wrong][0].item()}")
+
+
+def check_probabilities(
+    probs: Tensor, target: Labels, mask: Labels | None, ignore_index: float | None, name: str
+) -> None:
+    """Raise where a value that is used lies outside [0, 1], if `debug_checks` are on."""
+    if not contents_are_debugged(probs):
+        return
+    used, _, _ = reference.used_elements(probs, target, mask, ignore_index)
+    wrong = ~((used >= 0) & (used <= 1))
+    if bool(wrong.any()):
+        raise ValueError(f"{name} must lie in [0, 1], got {used[wrong][0].item()}")
+
+
+def check_hard_target(
+    logits: Tensor, target: Labels, mask: Labels | None, ignore_index: float | None
+) -> None:
+    """Raise where a target that is used is neither 0 nor 1, if contents may be looked at."""
+    given = target.data if target.offsets is None else target.values
+    if given is None or not given.dtype.is_floating_point or not contents_may_be_checked(given):
+        return
+    _, y, _ = reference.used_elements(logits, target, mask, ignore_index)
+    wrong = (y != 0) & (y != 1)
+    if bool(wrong.any()):
+        raise ValueError(
+            "target must be 0 or 1 everywhere: this loss is defined for hard targets alone, "
+            f"got {y[wrong][0].item():g}"
+        )
+
+
+def as_rows(input: Tensor) -> Tensor:
+    """``[N, C]`` with unit stride within rows; copied only where strides leave no other way."""
+    logits = rows_and_labels(input)
+    return logits if logits.stride(1) == 1 or logits.shape[1] <= 1 else logits.contiguous()
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def flag(value: bool, name: str) -> bool:
+    """Check a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def one_of(value: str | None, name: str, choices: tuple[str | None, ...]) -> None:
+    """Check a choice."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def finite_number(value: float, name: str) -> float:
+    """Check a number."""
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def nonnegative_number(value: float, name: str) -> float:
+    """Check a finite number that is not negative."""
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return float(value)
+
+
+def clip_below_one(clip: float) -> float:
+    """Check the margin of the asymmetric loss."""
+    if not _is_number(clip):
+        raise TypeError(f"clip must be a number, got {type(clip).__name__}")
+    if not 0 <= clip < 1:
+        raise ValueError(f"clip must lie in [0, 1), got {clip}")
+    return float(clip)
+
+
+def clipping(eps: float | None) -> float | None:
+    """Check how far probabilities stay from 0 and 1."""
+    if eps is None:
+        return None
+    if not _is_number(eps):
+        raise TypeError(f"eps must be a number or None, got {type(eps).__name__}")
+    if not 0 < eps < 0.5:
+        raise ValueError(f"eps must lie between 0 and 0.5, got {eps}")
+    return float(eps)
+
+
+def number_between(value: float, name: str, low: float, high: float) -> float:
+    """Check a number in a closed interval."""
+    if not _is_number(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
+    return float(value)
+
+
+def ignored_value(ignore_index: float | None) -> float | None:
+    """Check the value that marks a missing target."""
+    if ignore_index is None:
+        return None
+    if not _is_number(ignore_index):
+        raise TypeError(f"ignore_index must be a number or None, got {type(ignore_index).__name__}")
+    if 0 <= ignore_index <= 1:
+        raise ValueError(
+            "ignore_index must lie outside [0, 1] (such as -1, -100 or nan): values within are "
+            f"targets, got {ignore_index}"
+        )
+    return float(ignore_index)
+
+
+def _constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor | None:
+    """Check a weight and return it as a tensor on the device of `input`."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        if not _is_number(value):
+            raise TypeError(
+                f"{name} must be a tensor, a number or None, got {type(value).__name__}"
+            )
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, got {value}")
+        return torch.full(
+            (), float(value), dtype=reference.compute_dtype(input), device=input.device
+        )
+    check_strided(value, name)
+    if value.dtype not in TARGET_DTYPES:
+        raise TypeError(f"{name} must be floating point, integer or bool, got {value.dtype}")
+    if value.device != input.device:
+        raise ValueError(
+            f"{name} must be on the device of input, {input.device}, got {value.device}"
+        )
+    if value.requires_grad:
+        raise ValueError(f"{name} must not require grad; it is a constant (detach it)")
+    if contents_may_be_checked(value) and value.numel() > 0:
+        smallest = value.amin()
+        if bool(smallest < 0):
+            raise ValueError(f"{name} must not be negative, got {smallest.item()}")
+    return value
+
+
+def elementwise_constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor | None:
+    """Return a weight as ``[N, C]``, expanded by strides."""
+    constant = _constant(value, input, name)
+    return None if constant is None else broadcast_to_input(constant, input, name)
+
+
+def rowwise_constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor | None:
+    """Return a weight as ``[N]``."""
+    constant = _constant(value, input, name)
+    return None if constant is None else _per_row(constant, input, name)
+
+
+def unit_constant(
+    value: Tensor | float | None, input: Tensor, name: str, axis: str
+) -> Tensor | None:
+    """Return a weight with one value for each unit that a loss along `axis` has."""
+    if axis == "samples":
+        return rowwise_constant(value, input, name)
+    constant = _constant(value, input, name)
+    if constant is None:
+        return None
+    units = input.shape[-1:] if axis == "classes" else torch.Size([1])
+    if constant.dim() > 0 and (axis == "micro" or constant.shape != units):
+        wanted = f"[] or {list(units)}" if axis == "classes" else "[]"
+        raise ValueError(
+            f"{name} must have shape {wanted} for an input of shape {list(input.shape)} "
+            f"and axis={axis!r}, got {list(constant.shape)}"
+        )
+    return constant.expand(units)
+
+
+def focal_alpha(alpha: Tensor | float | None, input: Tensor) -> Tensor | float | None:
+    """Check the balance of the focal loss: a number, a tensor ``[N, C]`` or None."""
+    if alpha is None:
+        return None
+    if not isinstance(alpha, Tensor):
+        return number_between(alpha, "alpha", 0.0, 1.0)
+    constant = elementwise_constant(alpha, input, "alpha")
+    if contents_may_be_checked(alpha) and alpha.numel() > 0 and bool((largest := alpha.amax()) > 1):
+        raise ValueError(f"alpha must lie in [0, 1], got {largest.item()}")
+    return constant
+
+
+def focal_gamma(gamma: Tensor | float, input: Tensor) -> Tensor | float:
+    """Check the exponent of the focal loss: a number or a tensor ``[N, C]``."""
+    if not isinstance(gamma, Tensor):
+        return nonnegative_number(gamma, "gamma")
+    constant = elementwise_constant(gamma, input, "gamma")
+    assert constant is not None
+    return constant
+
+
+def _per_row(value: Tensor, input: Tensor, name: str) -> Tensor:
+    """View ``[]``, ``[...]`` or ``[..., 1]`` as ``[N]``."""
+    rows = input.shape[:-1]
+    if value.dim() > 0 and value.shape != rows and value.shape != (*rows, 1):
+        raise ValueError(
+            f"{name} must have one value per row of input {list(input.shape)}: shape [], "
+            f"{list(rows)} or {[*rows, 1]}, got {list(value.shape)}"
+        )
+    if value.dim() == 0:
+        value = value.expand(rows)
+    return value.reshape(-1)
+
+
+def row_threshold(threshold: Tensor | float, input: Tensor) -> Tensor:
+    """Return the threshold as ``[N]`` in the dtype of the arithmetic."""
+    dtype = reference.compute_dtype(input)
+    if not isinstance(threshold, Tensor):
+        if not _is_number(threshold):
+            raise TypeError(
+                f"threshold must be a number or a tensor, got {type(threshold).__name__}"
+            )
+        if not -math.inf < threshold < math.inf:
+            raise ValueError(f"threshold must be finite, got {threshold}")
+        threshold = torch.full((), float(threshold), dtype=dtype, device=input.device)
+    check_strided(threshold, "threshold")
+    if threshold.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"threshold must be floating point, got {threshold.dtype}")
+    if threshold.device != input.device:
+        raise ValueError(
+            f"threshold must be on the device of input, {input.device}, got {threshold.device}"
+        )
+    return _per_row(threshold.to(dtype), input, "threshold")
+
+
+def denominator(normalizer: Tensor | float | None, reduction: str, input: Tensor) -> Tensor | None:
+    """Check `reduction` and `normalizer`; return the latter as a 0-d fp64 tensor."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if normalizer is None:
+        return None
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"normalizer replaces the denominator of reduction='mean'; got reduction={reduction!r}"
+        )
+    if not isinstance(normalizer, Tensor):
+        if not _is_number(normalizer):
+            raise TypeError(
+                "normalizer must be a number, a 0-d tensor or None, "
+                f"got {type(normalizer).__name__}"
+            )
+        if not 0 <= normalizer < math.inf:
+            raise ValueError(f"normalizer must be finite and not negative, got {normalizer}")
+        return torch.full((), float(normalizer), dtype=torch.float64, device=input.device)
+    check_strided(normalizer, "normalizer")
+    if normalizer.dtype not in TARGET_DTYPES or normalizer.dtype == torch.bool:
+        raise TypeError(f"normalizer must be floating point or integer, got {normalizer.dtype}")
+    if normalizer.dim() != 0:
+        raise ValueError(f"normalizer must be 0-d, got shape {list(normalizer.shape)}")
+    if normalizer.device != input.device:
+        raise ValueError(
+            f"normalizer must be on the device of input, {input.device}, got {normalizer.device}"
+        )
+    if normalizer.requires_grad:
+        raise ValueError("normalizer must not require grad; it is a constant (detach it)")
+    if contents_may_be_checked(normalizer) and not 0 <= normalizer.item() < math.inf:
+        raise ValueError(f"normalizer must be finite and not negative, got {normalizer.item()}")
+    return normalizer.to(torch.float64)

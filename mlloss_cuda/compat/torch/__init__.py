@@ -1,0 +1,5 @@
+"""torch's own multi-label losses: ``torch.nn`` and ``torch.nn.functional``."""
+
+from . import nn
+
+__all__ = ["nn"]
