@@ -1,7 +1,8 @@
 """Who runs in the benchmark: this library, the same losses in torch, and plain copies as the limit.
 
 A torch peer gets every tensor in the form that suits it best, made before the clock starts: dense
-targets in the dtype of the logits, where its formula needs numbers, and dense bool masks.
+targets in the dtype of the logits, where its formula needs numbers, and dense bool masks. Where few
+labels are observed, a further peer gets their ids and computes on those alone.
 """
 
 from __future__ import annotations
@@ -11,126 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from cases import Case, Comparison, Inputs
+from losses import LOSSES, Formula
 from torch import Tensor
-
-from mlloss_cuda import (
-    SparseLabels,
-    multilabel_categorical_crossentropy,
-    sigmoid_cross_entropy,
-)
-
-LOSSES = ("sigmoid", "zlpr")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-TARGETS = ("bool", "sparse")
-MASKS = ("none", "bool", "sparse")
 
 # What a contestant is to the tables and checks. The two compiled peers differ in how the loss is
 # written: as people write it, and in the form that the compiler makes the most of.
 LIBRARY, EAGER, COMPILED, COMPILED_BEST = "library", "eager", "compiled", "compiled best"
-LIMIT = "limit"
-
-# A sparse mask lists the positives and this many times as many observed negatives, as in training
-# on sampled negatives; a bool mask leaves this share of the elements in.
-OBSERVED_NEGATIVES_PER_POSITIVE = 3
-OBSERVED_FRACTION = 0.9
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One line of the summary: what is computed, on what."""
-
-    loss: str
-    dtype: str
-    target: str
-    mask: str
-    rows: int
-    labels: int
-    positives: int
-
-    @property
-    def elements(self) -> int:
-        return self.rows * self.labels
-
-    @property
-    def gradient_bytes(self) -> int:
-        return self.elements * DTYPES[self.dtype].itemsize
-
-    def describe(self) -> str:
-        loss = {"sigmoid": "sigmoid cross-entropy", "zlpr": "ZLPR"}[self.loss]
-        mask = "no mask" if self.mask == "none" else f"{self.mask} mask"
-        return (
-            f"{loss}, {self.dtype} logits, {self.target} target, {mask}, "
-            f"{self.rows} x {self.labels}"
-        )
-
-
-@dataclasses.dataclass
-class Inputs:
-    """The arguments of one call, in all the forms that the contestants want."""
-
-    logits: Tensor  # [N, C], requires grad
-    target: Tensor | SparseLabels  # bool [N, C] or sparse
-    mask: Tensor | SparseLabels | None
-    dense_target: Tensor  # bool [N, C]
-    number_target: Tensor  # [N, C], dtype of the logits
-    dense_mask: Tensor | None  # bool [N, C]
-
-    @classmethod
-    def make(cls, case: Case, device: str, seed: int) -> Inputs:
-        generator = torch.Generator(device).manual_seed(seed)
-        shape = (case.rows, case.labels)
-
-        def random_labels(count: int) -> Tensor:
-            size = (case.rows, count)
-            return torch.randint(0, case.labels, size, generator=generator, device=device)
-
-        # Most logits of a trained multi-label model are confident negatives.
-        logits = torch.empty(shape, device=device).normal_(-2, 3, generator=generator)
-        positives = random_labels(case.positives)
-        sparse_target = SparseLabels.from_padded(positives)
-        dense_target = sparse_target.to_dense(case.labels).contiguous()
-        mask: Tensor | SparseLabels | None = None
-        dense_mask = None
-        if case.mask == "bool":
-            mask = torch.empty(shape, dtype=torch.bool, device=device)
-            mask.bernoulli_(OBSERVED_FRACTION, generator=generator)
-            dense_mask = mask
-        elif case.mask == "sparse":
-            negatives = random_labels(case.positives * OBSERVED_NEGATIVES_PER_POSITIVE)
-            mask = SparseLabels.from_padded(torch.cat([positives, negatives], dim=1))
-            dense_mask = mask.to_dense(case.labels).contiguous()
-        dtype = DTYPES[case.dtype]
-        return cls(
-            logits=logits.to(dtype).requires_grad_(),
-            target=dense_target if case.target == "bool" else sparse_target,
-            mask=mask,
-            dense_target=dense_target,
-            number_target=dense_target.to(dtype),
-            dense_mask=dense_mask,
-        )
-
-    @property
-    def label_bytes(self) -> int:
-        """Bytes of target and mask as the library gets them."""
-        return _bytes(self.target) + _bytes(self.mask)
-
-    @property
-    def forward_bytes(self) -> int:
-        """The least that a forward pass moves: it reads logits, target and mask once."""
-        return self.logits.nbytes + self.label_bytes
-
-    @property
-    def backward_bytes(self) -> int:
-        """The least that a backward pass moves: it reads the same and writes the gradient."""
-        return 2 * self.logits.nbytes + self.label_bytes
-
-
-def _bytes(labels: Tensor | SparseLabels | None) -> int:
-    if labels is None:
-        return 0
-    parts = (labels,) if isinstance(labels, Tensor) else labels
-    return sum(part.nbytes for part in parts if part is not None)
+GATHERED, LIMIT = "gathered", "limit"
 
 
 @dataclasses.dataclass
@@ -143,50 +32,6 @@ class Contestant:
     backward: Callable[[Any], Any] | None
 
 
-# --- the formulas in torch ------------------------------------------------------------------------
-
-
-def torch_sigmoid(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean over the elements, or over the observed ones, as people write it."""
-    target = target.to(logits.dtype)  # does nothing to a target that is one already
-    if mask is None:
-        return F.binary_cross_entropy_with_logits(logits, target)
-    losses = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    return (losses * mask).sum() / mask.sum()
-
-
-def published_zlpr(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """ZLPR as its authors publish it: what does not belong into a sum is pushed away by 1e12."""
-    signed = (1 - 2 * target) * logits
-    negatives = signed - target * 1e12
-    positives = signed - (1 - target) * 1e12
-    if mask is not None:
-        negatives = negatives.masked_fill(~mask, -1e12)
-        positives = positives.masked_fill(~mask, -1e12)
-    zeros = torch.zeros_like(logits[..., :1])
-    negatives = torch.cat([negatives, zeros], dim=-1)
-    positives = torch.cat([positives, zeros], dim=-1)
-    return (torch.logsumexp(negatives, dim=-1) + torch.logsumexp(positives, dim=-1)).mean()
-
-
-def where_zlpr(logits: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
-    """ZLPR with a bool target and without `cat`, so that a compiler can fuse all of it.
-
-    The stand-in for minus infinity is finite: the gradient of a logsumexp of nothing is NaN.
-    """
-    x = logits.float()
-    positives = torch.where(target, -x, -1e30)
-    negatives = torch.where(target, -1e30, x)
-    if mask is not None:
-        positives = torch.where(mask, positives, -1e30)
-        negatives = torch.where(mask, negatives, -1e30)
-    both = F.softplus(torch.logsumexp(positives, -1)) + F.softplus(torch.logsumexp(negatives, -1))
-    return both.mean()
-
-
-# --- the field ------------------------------------------------------------------------------------
-
-
 def contestants_for(case: Case, inputs: Inputs) -> list[Contestant]:
     """Everyone who runs in a case, this library first.
 
@@ -195,50 +40,71 @@ def contestants_for(case: Case, inputs: Inputs) -> list[Contestant]:
     """
     # Compiled code of earlier cases would count towards the limit on recompilations.
     torch.compiler.reset()
-    if case.loss == "sigmoid":
-        library, formula, best_formula = sigmoid_cross_entropy, torch_sigmoid, torch_sigmoid
-        names = "torch eager", "torch.compile", "torch.compile, bool target"
-    else:
-        library = multilabel_categorical_crossentropy
-        formula, best_formula = published_zlpr, where_zlpr
-        names = "published formula", "published, compiled", "where form, compiled"
-    compiled = torch.compile(formula, dynamic=False)
-    compiled_best = torch.compile(best_formula, dynamic=False)
-
-    def on_numbers(function: Callable[..., Tensor]) -> Callable[[Inputs], Tensor]:
-        return lambda given: function(given.logits, given.number_target, given.dense_mask)
-
-    def on_bools(function: Callable[..., Tensor]) -> Callable[[Inputs], Tensor]:
-        return lambda given: function(given.logits, given.dense_target, given.dense_mask)
-
-    losses = [
-        (
-            "mlloss_cuda",
-            LIBRARY,
-            lambda given: library(given.logits, given.target, mask=given.mask),
-        ),
-        (names[0], EAGER, on_numbers(formula)),
-        (names[1], COMPILED, on_numbers(compiled)),
-        (names[2], COMPILED_BEST, on_bools(compiled_best)),
-    ]
+    loss = LOSSES[case.loss]
+    with_target = _on_bools if loss.takes_bool_target else _on_numbers
+    compiled = torch.compile(loss.formula, dynamic=False)
     field = [
-        Contestant(name, role, forward, torch.Tensor.backward) for name, role, forward in losses
+        _library("mlloss_cuda", case),
+        _peer(loss.names[0], EAGER, with_target(loss.formula)),
+        _peer(loss.names[1], COMPILED, with_target(compiled)),
     ]
-    return field + _limits(inputs)
+    if loss.best_formula is not None:
+        compiled_best = torch.compile(loss.best_formula, dynamic=False)
+        field.append(_peer(loss.best_name, COMPILED_BEST, _on_bools(compiled_best)))
+    if inputs.observed_ids is not None:
+        on_observed = _on_observed(loss.formula, loss.takes_bool_target)
+        field.append(_peer("gathered, " + loss.names[0], GATHERED, on_observed))
+    return field + _limits(case, inputs)
 
 
-def _limits(inputs: Inputs) -> list[Contestant]:
+def formats_for(comparison: Comparison) -> list[Contestant]:
+    """This library with every format of a comparison."""
+    return [_library(case.formats, case) for case in comparison.cases]
+
+
+def _library(name: str, case: Case) -> Contestant:
+    function = LOSSES[case.loss].library
+
+    def forward(given: Inputs) -> Tensor:
+        return function(given.logits, given.targets[case.target], mask=given.masks[case.mask])
+
+    return _peer(name, LIBRARY, forward)
+
+
+def _peer(name: str, role: str, forward: Callable[[Inputs], Tensor]) -> Contestant:
+    return Contestant(name, role, forward, torch.Tensor.backward)
+
+
+def _on_numbers(formula: Formula) -> Callable[[Inputs], Tensor]:
+    return lambda given: formula(given.logits, given.number_target, given.dense_mask)
+
+
+def _on_bools(formula: Formula) -> Callable[[Inputs], Tensor]:
+    return lambda given: formula(given.logits, given.dense_target, given.dense_mask)
+
+
+def _on_observed(formula: Formula, takes_bool_target: bool) -> Callable[[Inputs], Tensor]:
+    def forward(given: Inputs) -> Tensor:
+        target = given.observed_bools if takes_bool_target else given.observed_numbers
+        return formula(given.logits.gather(1, given.observed_ids), target, None)
+
+    return forward
+
+
+def _limits(case: Case, inputs: Inputs) -> list[Contestant]:
     """Copies that move as many bytes, read plus written, as the floor of each pass."""
     device = inputs.logits.device
+    forward_bytes, backward_bytes = inputs.forward_bytes(case), inputs.backward_bytes(case)
 
     def floats(byte_count: int) -> Tensor:
         # Not zeros: pages that were never written share one page of memory.
         return torch.ones(byte_count // 4, device=device)
 
-    source = floats(inputs.forward_bytes)
-    destination = floats(inputs.backward_bytes // 2)
-    forward_half = slice(0, inputs.forward_bytes // 8)
-    backward_half = slice(0, inputs.backward_bytes // 8)
+    source = floats(max(forward_bytes, backward_bytes // 2))
+    destination = floats(backward_bytes // 2)
+    forward_all = slice(0, forward_bytes // 4)
+    forward_half = slice(0, forward_bytes // 8)
+    backward_half = slice(0, backward_bytes // 8)
 
     def copy_forward(_: Inputs) -> None:
         destination[forward_half].copy_(source[forward_half])
@@ -248,7 +114,7 @@ def _limits(inputs: Inputs) -> list[Contestant]:
 
     limits = [
         Contestant("copy of as many bytes", LIMIT, copy_forward, copy_backward),
-        Contestant("read of as many bytes", LIMIT, lambda _: source.sum(), None),
+        Contestant("read of as many bytes", LIMIT, lambda _: source[forward_all].sum(), None),
     ]
     if device.type == "cpu":
         # A gradient is written to memory that the system has to map first.

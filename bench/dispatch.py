@@ -20,7 +20,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mlloss_cuda import SparseLabels, multilabel_categorical_crossentropy, sigmoid_cross_entropy
+from mlloss_cuda import (
+    PackedLabels,
+    SparseLabels,
+    asymmetric_loss,
+    binary_cross_entropy,
+    multilabel_categorical_crossentropy,
+    multilabel_ranking_loss,
+    sigmoid_cross_entropy,
+    sigmoid_focal_loss,
+)
 
 ROWS, LABELS = 2, 4
 WARM_UP_CALLS = 200
@@ -29,17 +38,34 @@ WARM_UP_CALLS = 200
 def make_calls(device: str) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
     """Forward, and forward with backward, of every function."""
     logits = torch.randn(ROWS, LABELS, device=device, requires_grad=True)
+    probs = torch.rand(ROWS, LABELS, device=device, requires_grad=True)
     target = torch.tensor([[True, False, False, True], [False, True, False, False]], device=device)
     numbers = target.float()
     sparse = SparseLabels.from_lists([[0, 3], [1]], device=device)
+    packed = PackedLabels.pack(target)
+    observed = SparseLabels.from_lists([[0, 2], [1, 3]], device=device)
+    known = SparseLabels.from_lists(
+        [[0, 2], [1, 3]], values=[[1, 0], [1, 0]], observed_only=True, device=device
+    )
     losses: dict[str, Callable[[], Tensor]] = {
         "F.binary_cross_entropy_with_logits": lambda: F.binary_cross_entropy_with_logits(
             logits, numbers
         ),
+        "F.binary_cross_entropy": lambda: F.binary_cross_entropy(probs, numbers),
         "sigmoid_cross_entropy, bool": lambda: sigmoid_cross_entropy(logits, target),
+        "sigmoid_cross_entropy, packed": lambda: sigmoid_cross_entropy(logits, packed),
         "sigmoid_cross_entropy, sparse": lambda: sigmoid_cross_entropy(logits, sparse),
+        "sigmoid_cross_entropy, sparse mask": lambda: sigmoid_cross_entropy(
+            logits, sparse, mask=observed
+        ),
+        "sigmoid_cross_entropy, observed_only": lambda: sigmoid_cross_entropy(logits, known),
         "zlpr_loss, bool": lambda: multilabel_categorical_crossentropy(logits, target),
+        "zlpr_loss, packed": lambda: multilabel_categorical_crossentropy(logits, packed),
         "zlpr_loss, sparse": lambda: multilabel_categorical_crossentropy(logits, sparse),
+        "sigmoid_focal_loss, bool": lambda: sigmoid_focal_loss(logits, target),
+        "asymmetric_loss, bool": lambda: asymmetric_loss(logits, target),
+        "multilabel_ranking_loss, bool": lambda: multilabel_ranking_loss(logits, target),
+        "binary_cross_entropy, bool": lambda: binary_cross_entropy(probs, target),
     }
 
     def pair(loss: Callable[[], Tensor]) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -49,7 +75,7 @@ def make_calls(device: str) -> dict[str, tuple[Callable[[], None], Callable[[], 
 
         def forward_backward() -> None:
             loss().backward()
-            logits.grad = None
+            logits.grad = probs.grad = None
 
         return forward, forward_backward
 

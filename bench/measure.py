@@ -8,12 +8,13 @@ import gc
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import LIBRARY, LIMIT, Case, Contestant, Inputs
+from cases import Case, Inputs
+from contestants import LIBRARY, LIMIT, Contestant
 from torch.profiler import ProfilerActivity, profile
 
 WARM_UP_CALLS = 2
@@ -119,16 +120,21 @@ class Result:
         }
 
 
-def make_sets(case: Case, device: str) -> list[Inputs]:
-    """Inputs of a case, several sets where one would stay in the cache of a GPU."""
-    sets = [Inputs.make(case, device, seed=0)]
+def make_sets(cases: Sequence[Case], device: str) -> list[Inputs]:
+    """Inputs of cases that differ in formats alone.
+
+    Several sets where one, as the case that reads least uses it, would stay in the cache of a GPU.
+    """
+    sets = [Inputs.make(cases, device, seed=0)]
     if device == "cuda":
-        size = sets[0].forward_bytes
+        size = min(sets[0].forward_bytes(case) for case in cases)
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        all_forms = size + sets[0].number_target.nbytes + sets[0].dense_target.nbytes
+        read = max(sets[0].forward_bytes(case) for case in cases)
+        # Logits, the same as numbers, bool target and mask, and other forms of these.
+        all_forms = 2 * sets[0].logits.nbytes + 2 * sets[0].dense_target.nbytes + read
         affordable = int(SHARE_OF_FREE_MEMORY * torch.cuda.mem_get_info()[0] / all_forms)
         wanted = min(-(-CACHES_TO_FILL * cache // size), 1 + affordable, MAX_SETS)
-        sets += [Inputs.make(case, device, seed) for seed in range(1, wanted)]
+        sets += [Inputs.make(cases, device, seed) for seed in range(1, wanted)]
     return sets
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contestants import COMPILED, COMPILED_BEST, EAGER, LIBRARY, LIMIT, Case
+from cases import ALL, FEW, HALF, OBSERVED_ONLY, Case, Comparison, Problem
+from contestants import COMPILED, COMPILED_BEST, EAGER, GATHERED, LIBRARY, LIMIT
 from measure import Result, Samples
 
 import mlloss_cuda
@@ -25,9 +26,26 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TENSOR_TOLERANCE = 1.001
 RESIDENT_TOLERANCE = 1.01
 
+PASSES = ("forward", "forward_backward")
+TORCH_ROLES = (EAGER, COMPILED, COMPILED_BEST, GATHERED)
+
+# Formats of the target (the mask has the same, where there is one) of which the first has to be at
+# least as fast as the second, by the labels that are observed.
+REQUIRED_ORDER = {
+    ALL: [("sparse", "packed")],
+    HALF: [("packed", "bool")],
+    FEW: [("sparse", "packed"), ("packed", "bool")],
+}
+# Medians of formats that are equally fast differ by so much from run to run.
+NOISE = 0.02
+# The formats hold the same labels: fp32 losses differ by the order of summation at most.
+SAME_LOSS = 1e-5
+
 
 @dataclasses.dataclass
 class CaseResult:
+    """What was measured of one case, everyone against this library."""
+
     case: Case
     forward_bytes: int  # the floor of a forward pass, see Inputs
     backward_bytes: int
@@ -59,6 +77,48 @@ class CaseResult:
         }
 
 
+@dataclasses.dataclass
+class ComparisonResult:
+    """What was measured of one comparison: this library with several formats."""
+
+    comparison: Comparison
+    floors: list[tuple[int, int]]  # bytes forward and backward, of each format
+    results: list[Result]  # of each format
+    input_sets: int
+
+    def find(self, target: str) -> Result | None:
+        """The format with this target, None if it could not be measured."""
+        for case, result in zip(self.comparison.cases, self.results, strict=True):
+            if case.target == target and result.note is None:
+                return result
+        return None
+
+    def ratio(self, first: str, second: str, what: str) -> float | None:
+        """How many times longer than with the first target it takes with the second."""
+        one, other = self.find(first), self.find(second)
+        if one is None or other is None:
+            return None
+        return _ratio(getattr(other, what), getattr(one, what))
+
+    def as_json(self) -> dict[str, Any]:
+        formats = zip(self.comparison.cases, self.floors, self.results, strict=True)
+        return {
+            **dataclasses.asdict(self.comparison),
+            "gradient_bytes": self.comparison.gradient_bytes,
+            "input_sets": self.input_sets,
+            "formats": [
+                {
+                    "target": case.target,
+                    "mask": case.mask,
+                    "floor_bytes_forward": floors[0],
+                    "floor_bytes_backward": floors[1],
+                    **result.as_json(),
+                }
+                for case, floors, result in formats
+            ],
+        }
+
+
 def _ratio(numerator: Samples, denominator: Samples) -> float | None:
     if not numerator.raw or not denominator.raw:
         return None
@@ -71,57 +131,95 @@ def _ratio(numerator: Samples, denominator: Samples) -> float | None:
 def case_table(case_result: CaseResult) -> str:
     """All that was measured in one case, for the terminal."""
     case = case_result.case
-    library = case_result.find(LIBRARY)
-    passes = {
-        "forward": case_result.forward_bytes,
-        "backward": case_result.backward_bytes,
-        "forward_backward": case_result.forward_bytes + case_result.backward_bytes,
-    }
-    name_width = max(len(result.name) for result in case_result.results)
-    column = f"{'ms':>9}{'IQR':>7}{'Gelem/s':>9}{'GB/s':>7}{'x ours':>8}"
-    gap = " | "
+    floors = (case_result.forward_bytes, case_result.backward_bytes)
     lines = [
         case.describe(),
-        f"floor: {case_result.forward_bytes / case.elements:.2f} bytes per element forward, "
-        f"{case_result.backward_bytes / case.elements:.2f} backward",
+        f"floor: {floors[0] / case.elements:.2f} bytes per element forward, "
+        f"{floors[1] / case.elements:.2f} backward",
+    ]
+    results = case_result.results
+    reference = case_result.find(LIBRARY)
+    return "\n".join(lines + _table(case, results, [floors] * len(results), reference, "x ours"))
+
+
+def comparison_table(comparison_result: ComparisonResult) -> str:
+    """All that was measured in one comparison; times are relative to the first format's."""
+    comparison, results = comparison_result.comparison, comparison_result.results
+    reference = results[0] if results[0].note is None else None
+    lines = _table(comparison, results, comparison_result.floors, reference, "x first")
+    return "\n".join(["formats: " + comparison.describe(), *lines])
+
+
+def _table(
+    problem: Problem,
+    results: list[Result],
+    floors: list[tuple[int, int]],
+    reference: Result | None,
+    ratio_title: str,
+) -> list[str]:
+    """Head and rows: times, rates, bandwidth by the floors, times relative to the reference."""
+    name_width = max(len(result.name) for result in results)
+    column = f"{'ms':>9}{'IQR':>7}{'Gelem/s':>9}{'GB/s':>7}{ratio_title:>8}"
+    gap = " | "
+    lines = [
         " " * name_width
         + "".join(gap + title.center(len(column)) for title in ("forward", "backward", "both"))
         + gap
         + "peak of both",
         " " * name_width + (gap + column) * 3 + gap + "in gradients",
     ]
-    for result in case_result.results:
+    for result, (forward_floor, backward_floor) in zip(results, floors, strict=True):
         line = f"{result.name:<{name_width}}"
         if result.note is not None:
             lines.append(f"{line}{gap}{result.note}")
             continue
+        passes = {
+            "forward": forward_floor,
+            "backward": backward_floor,
+            "forward_backward": forward_floor + backward_floor,
+        }
         for what, floor in passes.items():
             samples: Samples = getattr(result, what)
             if not samples.raw:
                 line += gap + " " * len(column)
                 continue
             low, high = samples.quartiles
-            ratio = _ratio(samples, getattr(library, what)) if library else None
+            ratio = _ratio(samples, getattr(reference, what)) if reference else None
+            rate = problem.elements / samples.median / 1e6
             line += (
-                f"{gap}{samples.median:9.2f}{high - low:7.2f}"
-                f"{case.elements / samples.median / 1e6:9.2f}{floor / samples.median / 1e6:7.1f}"
+                f"{gap}{samples.median:9.2f}{high - low:7.2f}{rate:9.2f}"
+                f"{floor / samples.median / 1e6:7.1f}"
                 + (f"{ratio:7.2f}x" if ratio is not None else f"{'':8}")
             )
         if result.peak_forward_backward is not None:
-            line += f"{gap}{result.peak_forward_backward / case.gradient_bytes:.3f}"
+            line += f"{gap}{result.peak_forward_backward / problem.gradient_bytes:.3f}"
         lines.append(line)
-    return "\n".join(lines)
+    return lines
 
 
-def markdown(case_results: list[CaseResult], machine: dict[str, Any], command: str) -> str:
-    """A summary for a README: a line per case, all ratios against this library."""
+def markdown(
+    case_results: list[CaseResult],
+    comparison_results: list[ComparisonResult],
+    machine: dict[str, Any],
+    command: str,
+) -> str:
+    """A summary for a README: a line per case, all ratios against this library, then formats."""
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread(s)"
+    text = f"{device}, torch {machine['torch']}, {machine['date']}; `{command}`.\n"
+    if case_results:
+        text += "\n" + _cases_markdown(case_results)
+    if comparison_results:
+        text += "\n" + _comparisons_markdown(comparison_results)
+    return text
+
+
+def _cases_markdown(case_results: list[CaseResult]) -> str:
     lines = [
-        f"{device}, torch {machine['torch']}, {machine['date']}; `{command}`.",
         "Medians in ms and, in brackets, GB/s of the least bytes that have to be moved. Of copy:",
         "this bandwidth as a share of what a copy of as many bytes reaches. Faster than: torch",
-        "eager / torch.compile / torch.compile of the form that suits it best. Peak: memory of",
-        "forward + backward in gradients, of mlloss_cuda / torch eager / torch.compile.",
+        "eager / torch.compile / torch.compile of the form that suits it best / torch eager on the",
+        "observed labels alone, where these are few. Peak: memory of forward + backward in",
+        "gradients, of mlloss_cuda / torch eager / torch.compile.",
         "",
         "| loss | logits | target | mask | shape | forward | of copy | faster than "
         "| forward + backward | of copy | faster than | peak |",
@@ -137,7 +235,7 @@ def markdown(case_results: list[CaseResult], machine: dict[str, Any], command: s
                 cells += ["failed", "", ""]
                 continue
             median = getattr(library, what).median
-            ratios = [case_result.ratio(role, what) for role in (EAGER, COMPILED, COMPILED_BEST)]
+            ratios = [case_result.ratio(role, what) for role in TORCH_ROLES]
             copy = case_result.ratio(LIMIT, what)
             cells.append(f"{median:.2f} ({floor / median / 1e6:.0f})")
             cells.append("-" if copy is None else f"{copy:.0%}")
@@ -150,6 +248,30 @@ def markdown(case_results: list[CaseResult], machine: dict[str, Any], command: s
             )
         )
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _comparisons_markdown(comparison_results: list[ComparisonResult]) -> str:
+    lines = [
+        "Formats of the same labels, which take turns in the same rounds: medians in ms, peak",
+        "memory of forward + backward in gradients.",
+        "",
+        "| loss | logits | shape | observed | target | mask | forward | forward + backward "
+        "| peak |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for comparison_result in comparison_results:
+        for case, result in zip(
+            comparison_result.comparison.cases, comparison_result.results, strict=True
+        ):
+            cells = [case.loss, case.dtype, f"{case.rows} x {case.labels}", case.observed]
+            cells += [case.target, case.mask]
+            if result.note is None:
+                cells += [f"{getattr(result, what).median:.2f}" for what in PASSES]
+                cells.append(f"{result.peak_forward_backward / case.gradient_bytes:.2f}")
+            else:
+                cells += ["failed", "failed", "-"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -168,30 +290,64 @@ class Check:
         return f"{verdict}  {self.what}: required {self.required}, measured {self.measured}"
 
 
-def run_checks(case_results: list[CaseResult]) -> list[Check]:
-    """What has to hold on a CPU with one thread, fp32, 64 Mi elements, no mask."""
+def run_checks(
+    case_results: list[CaseResult], comparison_results: list[ComparisonResult]
+) -> list[Check]:
+    """What has to hold on a CPU with one thread, fp32, 64 Mi elements."""
     checks = []
     for case_result in case_results:
-        case = case_result.case
-        if case.dtype != "fp32" or case.mask != "none":
-            continue
-        title = f"{case.describe()}: "
-        if case.loss == "sigmoid":
-            wanted = [("forward", EAGER, 20), ("forward", COMPILED, 4)]
-            wanted += [("forward_backward", COMPILED, 3)]
-        else:
-            wanted = [("forward_backward", COMPILED, 4)] if case.target == "sparse" else []
-        for what, role, least in wanted:
-            ratio = case_result.ratio(role, what)
+        if case_result.case.dtype == "fp32" and case_result.case.mask == "none":
+            checks += _peer_checks(case_result)
+    for comparison_result in comparison_results:
+        if comparison_result.comparison.dtype == "fp32":
+            checks += _format_checks(comparison_result)
+    return checks
+
+
+def _peer_checks(case_result: CaseResult) -> list[Check]:
+    case = case_result.case
+    title = f"{case.describe()}: "
+    checks, wanted = [], []
+    if case.loss == "sigmoid" and case.target != OBSERVED_ONLY:
+        wanted = [("forward", EAGER, 20), ("forward", COMPILED, 4)]
+        wanted += [("forward_backward", COMPILED, 3)]
+    elif case.loss == "zlpr" and case.target == "sparse":
+        wanted = [("forward_backward", COMPILED, 4)]
+    for what, role, least in wanted:
+        ratio = case_result.ratio(role, what)
+        checks.append(
+            Check(
+                f"{title}{what.replace('_', ' + ')} against {role} torch",
+                f">= {least}x",
+                "nothing" if ratio is None else f"{ratio:.2f}x",
+                ratio is not None and ratio >= least,
+            )
+        )
+    checks.append(_memory_check(title, case_result))
+    return checks
+
+
+def _format_checks(comparison_result: ComparisonResult) -> list[Check]:
+    comparison = comparison_result.comparison
+    title = f"{comparison.describe()}: "
+    checks = []
+    for first, second in REQUIRED_ORDER[comparison.observed]:
+        for what in PASSES:
+            ratio = comparison_result.ratio(first, second, what)
             checks.append(
                 Check(
-                    f"{title}{what.replace('_', ' + ')} against {role} torch",
-                    f">= {least}x",
-                    "nothing" if ratio is None else f"{ratio:.2f}x",
-                    ratio is not None and ratio >= least,
+                    f"{title}{what.replace('_', ' + ')}, {first} against {second}",
+                    f">= 1x, less {NOISE:.0%} for noise",
+                    "nothing" if ratio is None else f"{ratio:.3f}x",
+                    ratio is not None and ratio >= 1 - NOISE,
                 )
             )
-        checks.append(_memory_check(title, case_result))
+    losses = [result.loss for result in comparison_result.results]
+    measured, same = "nothing", False
+    if None not in losses:
+        measured = f"{min(losses):.8g} to {max(losses):.8g}"
+        same = max(losses) - min(losses) <= SAME_LOSS * abs(losses[0])
+    checks.append(Check(f"{title}loss", "the same in all formats", measured, same))
     return checks
 
 

@@ -496,17 +496,20 @@ def multilabel_ranking_loss(
     a, positive_sum = _scaled_sum(-elements.x, positives)
     b, negative_sum = _scaled_sum(elements.x, negatives)
     empty = (a == -math.inf) | (b == -math.inf)
+    invalid = a.isnan() | b.isnan() | positive_sum.isnan() | negative_sum.isnan()
     a, b = torch.where(empty, 0.0, a), torch.where(empty, 0.0, b)
-    # What rounding the sum drops is a relative error of e^sum.
+    # What rounding the sum drops is a relative error of e^sum; it matters where that is not huge.
     exponent = a + b
     rounded = exponent - a
     dropped = (a - (exponent - rounded)) + (b - rounded)
-    dropped = torch.where(exponent.isinf(), 0.0, dropped)
+    dropped = torch.where(exponent.abs() > _LARGE_EXPONENT, 0.0, dropped)
     product = torch.where(empty, 1.0, positive_sum * negative_sum) * (1 + dropped)
     small = torch.log1p(exponent.clamp(max=_LARGE_EXPONENT).exp() * product)
     large = exponent + (product.log() + torch.log1p((-exponent.clamp(min=0)).exp() / product))
     loss = torch.where(exponent > _LARGE_EXPONENT, large, small)
-    return reduce_loss(torch.where(empty, 0.0, loss), None, weight, reduction, normalizer)
+    # Without positives or without negatives there is no pair; NaN on the other side still counts.
+    loss = torch.where(empty, torch.where(invalid, math.nan, 0.0).to(loss.dtype), loss)
+    return reduce_loss(loss, None, weight, reduction, normalizer)
 
 
 # ---- Losses without kernels ----------------------------------------------------------------------
@@ -560,7 +563,11 @@ def multilabel_softmax_cross_entropy(
         else:
             term = (sum_of_exponentials - total) ** 2
         loss = loss + partition_weight * term
-    loss = torch.where(empty[:, 0], 0.0, loss).to(x.dtype)
+    # Nothing but logits of -inf: no distribution gives a positive there.
+    impossible = torch.where(total > 0, math.inf, 0.0)
+    if elements.observed is not None:
+        impossible = torch.where(elements.observed.any(dim=1), impossible, 0.0)
+    loss = torch.where(empty[:, 0], impossible, loss).to(x.dtype)
     return reduce_loss(loss, None, weight, reduction, normalizer)
 
 

@@ -26,6 +26,7 @@ from tests.emulation.build import load_or_skip
 
 THREAD_ORDERS = ("ascending", "descending", "shuffled")
 
+
 def _number_of_outputs(kernel: str) -> int:
     """How many of a kernel's arguments, the last ones, are outputs."""
     backward = kernel.endswith("_backward_out")

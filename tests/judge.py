@@ -17,6 +17,8 @@ UNDERFLOW = 1e-36
 
 _FRACTION_BITS = {torch.float16: 10, torch.bfloat16: 7}
 _SMALLEST_EXPONENT = {torch.float16: -14, torch.bfloat16: -126}
+# From here on, numbers are rounded to infinity.
+_OVERFLOW = {torch.float16: 65520.0}
 
 
 def ulp(values: Array, dtype: torch.dtype) -> Array:
@@ -42,11 +44,12 @@ def _assert_within(actual: Array, expected: Array, bound: Array, what: str) -> N
         )
 
 
-def assert_loss(loss: Tensor, expected: Array) -> None:
-    """Loss of positive terms, reduced or element by element."""
+def assert_loss(loss: Tensor, expected: Array, magnitude: Array | None = None) -> None:
+    """Loss, reduced or element by element; of positive terms if no `magnitude` is given."""
     relative = (LOSS_SUM if loss.dim() == 0 else LOSS_ELEMENT)[loss.dtype]
     expected = np.asarray(expected).reshape(loss.shape)
-    _assert_within(_numpy(loss), expected, relative * np.abs(expected) + UNDERFLOW, "loss")
+    size = np.abs(expected) if magnitude is None else np.asarray(magnitude).reshape(loss.shape)
+    _assert_within(_numpy(loss), expected, relative * size + UNDERFLOW, "loss")
 
 
 def assert_gradient(
@@ -62,4 +65,6 @@ def assert_gradient(
     bound = GRADIENT[torch.float64 if exact else torch.float32] * magnitude + UNDERFLOW
     if gradient.dtype in _FRACTION_BITS:
         bound = np.maximum(bound, ulp(expected, gradient.dtype))
+    overflow = np.abs(expected) >= _OVERFLOW.get(gradient.dtype, np.inf)
+    expected = np.where(overflow, np.copysign(np.inf, expected), expected)
     _assert_within(_numpy(gradient), expected, bound, "gradient")

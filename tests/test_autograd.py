@@ -11,15 +11,30 @@ from torch import Tensor
 
 from mlloss_cuda import (
     MultilabelCategoricalCrossentropy,
+    PackedLabels,
     SparseLabels,
-    functional,
+    arguments,
     multilabel_categorical_crossentropy,
-    sigmoid_cross_entropy,
 )
-from tests.cases import LOSSES, POINTWISE
+from tests.cases import (
+    ASYMMETRIC,
+    BINARY,
+    DICE,
+    FOCAL,
+    MARGIN,
+    RANKING,
+    SIGMOID,
+    SOFTMAX,
+    TVERSKY,
+    ZLPR,
+    Loss,
+    every_loss,
+    every_loss_everywhere,
+    everywhere,
+    native_losses,
+    packed_words,
+)
 from tests.conftest import Backend, use_backend
-
-both_losses = pytest.mark.parametrize("loss", list(LOSSES))
 
 SHAPE = (3, 7)
 
@@ -28,10 +43,16 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+def packed(labels: Tensor) -> PackedLabels:
+    return PackedLabels(packed_words(labels), labels.shape[1])
+
+
 def labels() -> dict[str, Any]:
     hard = draw(*SHAPE) < 0.4
     soft = draw(*SHAPE, seed=1)
     ids = SparseLabels.from_lists([[5, 1, 1], [], [0, 6]])
+    observed = SparseLabels.from_lists([[0, 3, 3, 5], [], [6, 2]], observed_only=True)
+    observed = observed._replace(values=draw(6, seed=5))
     missing = torch.where(draw(*SHAPE, seed=2) < 0.3, -1, hard.long())
     return {
         "bool": (hard, {}),
@@ -41,19 +62,52 @@ def labels() -> dict[str, Any]:
         "sparse": (ids, {}),
         "sparse_soft": (ids._replace(values=draw(5, seed=3)), {}),
         "masked": (hard, {"mask": draw(*SHAPE, seed=4) < 0.7}),
+        "packed": (packed(hard), {}),
+        "packed_masked": (packed(hard), {"mask": packed(draw(*SHAPE, seed=4) < 0.7)}),
+        "observed": (observed, {}),
+        "observed_masked": (observed, {"mask": packed(draw(*SHAPE, seed=4) < 0.7)}),
         "soft_masked": (soft, {"mask": SparseLabels.from_lists([[0, 2, 6], [], [1, 3, 4, 5]])}),
     }
 
 
-POINTWISE_OPTIONS = {
-    "plain": {},
-    "weight": {"weight": draw(3, 1), "reduction": "weighted_mean"},
-    "pos_weight": {"pos_weight": draw(7) * 3, "reduction": "none"},
-    "smoothed": {"label_smoothing": 0.2, "reduction": "batchmean"},
-    "normalizer": {"normalizer": 5.0},
+COMMON = {"weight": draw(3, 1), "reduction": "weighted_mean"}
+OPTIONS: dict[Loss, list[dict[str, Any]]] = {
+    SIGMOID: [
+        COMMON | {"label_smoothing": 0.2},
+        {"pos_weight": draw(7) * 3, "reduction": "none"},
+        {"reduction": "batchmean"},
+    ],
+    BINARY: [COMMON | {"label_smoothing": 0.2}, {"pos_weight": draw(7) * 3, "eps": 1e-3}],
+    FOCAL: [
+        {"gamma": 0.5, "pos_weight": 2.0},
+        {"alpha": None, "gamma": 1.5, "reduction": "none", "label_smoothing": 0.2},
+        COMMON | {"alpha": draw(7), "gamma": draw(7) * 4},
+    ],
+    ASYMMETRIC: [
+        {"clip": 0.0, "reduction": "none", "label_smoothing": 0.2},
+        {"gamma_neg": 0.5, "gamma_pos": 1.5, "clip": 0.2},
+        COMMON | {"gamma_neg": 0, "gamma_pos": 0},
+    ],
+    RANKING: [{"weight": draw(3), "reduction": "none"}, {"normalizer": 5.0}],
+    SOFTMAX: [
+        {"normalize_target": False, "partition": "poisson", "weight": draw(3)},
+        {"partition": "mse", "reduction": "none"},
+    ],
+    MARGIN: [{"margin": 2.0, "weight": draw(3), "reduction": "none"}],
+    DICE: [{"axis": "classes", "weight": draw(7)}, {"axis": "micro", "smooth": 1.0}],
+    TVERSKY: [{"alpha": 0.3, "beta": 0.9, "reduction": "none"}, {"from_logits": False}],
 }
+FORMS = labels()
+GRADCHECKS = [
+    (loss, form, options)
+    for loss, own in OPTIONS.items()
+    for options in [{}, {"normalizer": 5.0}, *own]
+    # Every format, and every option with some of them.
+    for form in (FORMS if options == {} else ("int64", "soft", "observed_masked"))
+    if loss.soft_targets or "soft" not in form
+]
 # With the shape of a learned threshold.
-ROWWISE_OPTIONS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+THRESHOLDS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "plain": ((3,), {}),
     "weight": ((3, 1), {"weight": draw(3), "reduction": "none"}),
     "normalizer": ((), {"normalizer": 5.0}),
@@ -64,57 +118,68 @@ def move(value: Any, backend: Backend) -> Any:
     return value.to(backend.device) if hasattr(value, "to") else value
 
 
-def logits(backend: Backend, dtype: torch.dtype = torch.float64) -> Tensor:
-    values = (draw(*SHAPE, seed=7) * 6 - 3).to(backend.device, dtype)
-    return values.requires_grad_()
+def logits(backend: Backend, dtype: torch.dtype = torch.float64, loss: Loss = SIGMOID) -> Tensor:
+    """Logits in [-3, 3], or probabilities where the loss is one of those."""
+    values = loss.input_from(draw(*SHAPE, seed=7) * 6 - 3)
+    return values.to(backend.device, dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("options", list(POINTWISE_OPTIONS.values()), ids=list(POINTWISE_OPTIONS))
-@pytest.mark.parametrize("form", list(labels()))
-def test_gradcheck_pointwise(backend: Backend, form: str, options: dict[str, Any]) -> None:
-    target, more = labels()[form]
-    arguments = {name: move(value, backend) for name, value in (more | options).items()}
+def hard_target(x: Tensor, loss: Loss) -> Tensor:
+    if loss is MARGIN:  # all others are beyond the margin
+        return x.detach() < 0
+    return x.detach() > (0.5 if loss.probabilities else 0)
+
+
+@everywhere("loss form options", GRADCHECKS)
+def test_gradcheck(backend: Backend, form: str, loss: Loss, options: dict[str, Any]) -> None:
+    target, more = FORMS[form]
+    if not loss.soft_targets and isinstance(target, SparseLabels) and target.values is not None:
+        target = target._replace(values=target.values.round())
+    constants = {name: move(value, backend) for name, value in (more | options).items()}
     target = move(target, backend)
-    assert torch.autograd.gradcheck(
-        lambda x: sigmoid_cross_entropy(x, target, **arguments), logits(backend)
-    )
+    x = logits(backend, loss=loss)
+    if not options.get("from_logits", True):
+        x = torch.sigmoid(x).detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(x, target, **constants), x)
 
 
-@pytest.mark.parametrize("case", list(ROWWISE_OPTIONS))
-@pytest.mark.parametrize("form", list(labels()))
-def test_gradcheck_rowwise(backend: Backend, form: str, case: str) -> None:
-    shape, options = ROWWISE_OPTIONS[case]
-    target, more = labels()[form]
-    arguments = {name: move(value, backend) for name, value in (more | options).items()}
+@pytest.mark.parametrize("case", list(THRESHOLDS))
+@pytest.mark.parametrize("form", list(FORMS))
+def test_gradcheck_with_a_threshold(backend: Backend, form: str, case: str) -> None:
+    shape, options = THRESHOLDS[case]
+    target, more = FORMS[form]
+    constants = {name: move(value, backend) for name, value in (more | options).items()}
     target = move(target, backend)
     threshold = move(draw(*shape, seed=8) - 0.5, backend).requires_grad_()
 
     def loss(x: Tensor, s0: Tensor) -> Tensor:
-        return multilabel_categorical_crossentropy(x, target, threshold=s0, **arguments)
+        return multilabel_categorical_crossentropy(x, target, threshold=s0, **constants)
 
     assert torch.autograd.gradcheck(loss, (logits(backend), threshold))
 
 
-@both_losses
-def test_gradcheck_leading_dimensions(backend: Backend, loss: str) -> None:
-    x = (draw(2, 2, 5) * 4 - 2).to(backend.device).requires_grad_()
-    target = (draw(2, 2, 5, seed=1) < 0.4).to(backend.device)
-    assert torch.autograd.gradcheck(
-        lambda x: LOSSES[loss](x.transpose(0, 1), target, reduction="none"), x
-    )
+@every_loss_everywhere
+def test_gradcheck_leading_dimensions(backend: Backend, loss: Loss) -> None:
+    x = loss.input_from(draw(2, 2, 5) * 4 - 2).to(backend.device).requires_grad_()
+    hard = draw(2, 2, 5, seed=1) < 0.4
+    bits = PackedLabels(packed_words(hard.view(4, 5)).view(2, 2, 1), 5)
+    for target in (hard.to(backend.device), bits.to(backend.device)):
+        assert torch.autograd.gradcheck(
+            lambda x, target=target: loss(x.transpose(0, 1), target, reduction="none"), x
+        )
 
 
-@both_losses
-def test_gradient_reaches_what_the_logits_were_made_from(backend: Backend, loss: str) -> None:
+@pytest.mark.parametrize("loss", [SIGMOID, ZLPR], ids=str)
+def test_gradient_reaches_what_the_logits_were_made_from(backend: Backend, loss: Loss) -> None:
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(6, 4, generator=generator).to(backend.device)
     linear = torch.nn.Linear(4, 9).to(backend.device)
     target = (torch.rand(6, 9, generator=generator) < 0.3).to(backend.device)
-    LOSSES[loss](linear(features), target).backward()
+    loss(linear(features), target).backward()
     native = linear.weight.grad.clone()
     linear.zero_grad()
     x = linear(features).double()
-    if loss == POINTWISE:
+    if loss is SIGMOID:
         torch.nn.functional.binary_cross_entropy_with_logits(x, target.double()).backward()
     else:
         zeros = x.new_zeros(6, 1)
@@ -124,37 +189,48 @@ def test_gradient_reaches_what_the_logits_were_made_from(backend: Backend, loss:
     torch.testing.assert_close(native, linear.weight.grad, rtol=1e-5, atol=1e-6)
 
 
-@both_losses
-def test_second_derivative_raises_and_names_the_operator(backend: Backend, loss: str) -> None:
-    x = logits(backend, torch.float32)
-    target = x > 0
-    value = LOSSES[loss](x, target)
-    if backend.name == "reference":  # plain PyTorch can do it, and right
-        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
-        (second,) = torch.autograd.grad(gradient.sum(), x)
-        assert second.isfinite().all()
-        return
-    name = LOSSES[loss].__name__
-    with pytest.raises(RuntimeError, match=rf"mlloss_cuda.{name} has no second derivative"):
-        torch.autograd.grad(value, x, create_graph=True)
+@every_loss_everywhere
+def test_second_derivative_raises_and_names_the_operator(backend: Backend, loss: Loss) -> None:
+    for target, options in (FORMS["bool"], FORMS["packed_masked"], FORMS["observed"]):
+        if not loss.soft_targets and isinstance(target, SparseLabels):
+            target = target._replace(values=None)
+        x = logits(backend, torch.float32, loss)
+        options = {name: move(value, backend) for name, value in options.items()}
+        value = loss(x, move(target, backend), **options)
+        if backend.name == "reference" or not loss.native:  # plain PyTorch can do it, and right
+            (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+            if gradient.requires_grad:  # not of a loss that is piecewise linear
+                (second,) = torch.autograd.grad(gradient.sum(), x)
+                assert second.isfinite().all()
+            continue
+        with pytest.raises(
+            RuntimeError, match=rf"mlloss_cuda.{loss.name} has no second derivative"
+        ):
+            torch.autograd.grad(value, x, create_graph=True)
 
 
-def test_reference_has_the_right_second_derivative() -> None:
+@pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+@every_loss
+def test_reference_has_the_right_second_derivative(loss: Loss, soft: bool) -> None:
+    if soft and not loss.soft_targets:
+        pytest.skip("takes hard targets alone")
     with use_backend("reference") as backend:
-        target = logits(backend) > 0
-        for function in (sigmoid_cross_entropy, multilabel_categorical_crossentropy):
-            assert torch.autograd.gradgradcheck(
-                lambda x, function=function: function(x, target), logits(backend)
-            )
+        x = logits(backend, loss=loss)
+        target = draw(*SHAPE, seed=1) if soft else hard_target(x, loss)
+        for options in [{}, *OPTIONS.get(loss, [])]:
+            if options.get("from_logits", True):
+                assert torch.autograd.gradgradcheck(
+                    lambda x, options=options: loss(x, target, **options), x
+                )
 
 
-@both_losses
-def test_changing_the_logits_before_backward_is_noticed(backend: Backend, loss: str) -> None:
-    x = logits(backend)
+@native_losses
+def test_changing_the_logits_before_backward_is_noticed(backend: Backend, loss: Loss) -> None:
+    x = logits(backend, loss=loss)
     inner = x * 1
-    value = LOSSES[loss](inner, x > 0)
+    value = loss(inner, hard_target(x, loss))
     (expected,) = torch.autograd.grad(value, x, retain_graph=True)
-    inner.add_(1)
+    inner.mul_(0.5)
     try:
         (gradient,) = torch.autograd.grad(value, x)
     except RuntimeError as error:
@@ -164,10 +240,30 @@ def test_changing_the_logits_before_backward_is_noticed(backend: Backend, loss: 
         assert torch.equal(gradient, expected)
 
 
-@both_losses
-def test_backward_twice(backend: Backend, loss: str) -> None:
-    x = logits(backend)
-    value = LOSSES[loss](x, x > 0)
+@pytest.mark.parametrize("form", ["bool", "soft", "sparse", "packed", "observed"])
+@native_losses
+def test_changing_the_target_before_backward_is_noticed(
+    backend: Backend, loss: Loss, form: str
+) -> None:
+    target = move(FORMS[form][0], backend)
+    x = logits(backend, loss=loss)
+    value = loss(x, target)
+    (expected,) = torch.autograd.grad(value, x, retain_graph=True)
+    parts = target if isinstance(target, tuple) else (target,)
+    next(part for part in parts if isinstance(part, Tensor)).zero_()
+    try:
+        (gradient,) = torch.autograd.grad(value, x)
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)  # noqa: PT017
+    else:
+        assert backend.name == "reference"
+        assert torch.equal(gradient, expected)
+
+
+@native_losses
+def test_backward_twice(backend: Backend, loss: Loss) -> None:
+    x = logits(backend, loss=loss)
+    value = loss(x, hard_target(x, loss))
     (first,) = torch.autograd.grad(value, x, retain_graph=True)
     (second,) = torch.autograd.grad(value, x)
     assert torch.equal(first, second)
@@ -175,19 +271,19 @@ def test_backward_twice(backend: Backend, loss: str) -> None:
         torch.autograd.grad(value, x)
 
 
-@both_losses
+@every_loss_everywhere
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(
-    backend: Backend, loss: str, context: Callable[[], torch.no_grad]
+    backend: Backend, loss: Loss, context: Callable[[], torch.no_grad]
 ) -> None:
-    x = logits(backend)
-    target = x.detach() > 0
-    expected = LOSSES[loss](x, target)
+    x = logits(backend, loss=loss)
+    target = hard_target(x, loss)
+    expected = loss(x, target)
     with context():
-        value = LOSSES[loss](x, target)
+        value = loss(x, target)
     assert not value.requires_grad
     assert value == expected.detach()
-    assert not LOSSES[loss](x.detach(), target).requires_grad
+    assert not loss(x.detach(), target).requires_grad
 
 
 def test_threshold_alone_may_require_a_gradient(backend: Backend) -> None:
@@ -224,29 +320,29 @@ def test_threshold_is_learned(backend: Backend) -> None:
     assert abs(module.threshold.grad.item()) < 1e-4
 
 
-@both_losses
-def test_gradient_scales_with_what_comes_from_above(backend: Backend, loss: str) -> None:
-    x = logits(backend, torch.float32)
-    target = x.detach() > 0
-    (once,) = torch.autograd.grad(LOSSES[loss](x, target), x)
-    (scaled,) = torch.autograd.grad(LOSSES[loss](x, target) * -6.5, x)
+@every_loss_everywhere
+def test_gradient_scales_with_what_comes_from_above(backend: Backend, loss: Loss) -> None:
+    x = logits(backend, torch.float32, loss)
+    target = hard_target(x, loss)
+    (once,) = torch.autograd.grad(loss(x, target), x)
+    (scaled,) = torch.autograd.grad(loss(x, target) * -6.5, x)
     torch.testing.assert_close(scaled, once * -6.5)
-    two = LOSSES[loss](x, target) * 2 + LOSSES[loss](x, ~target) * 3
+    two = loss(x, target) * 2 + loss(x, ~target) * 3
     (gradient,) = torch.autograd.grad(two, x)
-    (other,) = torch.autograd.grad(LOSSES[loss](x, ~target), x)
+    (other,) = torch.autograd.grad(loss(x, ~target), x)
     torch.testing.assert_close(gradient, 2 * once + 3 * other)
 
 
-@both_losses
-def test_large_scale_is_applied_before_rounding(backend: Backend, loss: str) -> None:
+@pytest.mark.parametrize("loss", [SIGMOID, ZLPR], ids=str)
+def test_large_scale_is_applied_before_rounding(backend: Backend, loss: Loss) -> None:
     """As a gradient scaler needs it: fp16 gradients that would underflow unscaled."""
     x = torch.full((1, 64), -14.0, dtype=torch.float16, device=backend.device, requires_grad=True)
     target = torch.zeros(1, 64, dtype=torch.bool, device=backend.device)
-    value = LOSSES[loss](x, target, reduction="mean")
+    value = loss(x, target, reduction="mean")
     (unscaled,) = torch.autograd.grad(value, x, retain_graph=True)
     (scaled,) = torch.autograd.grad(value * 65536.0, x)
     expected = 65536 * torch.sigmoid(torch.tensor(-14.0, dtype=torch.float64))
-    if loss == POINTWISE:
+    if loss.pointwise:
         expected = expected / 64
         assert not unscaled.any()
     torch.testing.assert_close(
@@ -254,10 +350,11 @@ def test_large_scale_is_applied_before_rounding(backend: Backend, loss: str) -> 
     )
 
 
-def test_every_reduction_differentiates(backend: Backend) -> None:
-    for loss, reduction in [(a, b) for a in LOSSES for b in functional.REDUCTIONS]:
-        x = logits(backend)
-        value = LOSSES[loss](x, x.detach() > 0, reduction=reduction)
-        value.backward(torch.ones_like(value))
-        assert x.grad.isfinite().all()
-        assert x.grad.any()
+@every_loss_everywhere
+@pytest.mark.parametrize("reduction", arguments.REDUCTIONS)
+def test_every_reduction_differentiates(backend: Backend, loss: Loss, reduction: str) -> None:
+    x = logits(backend, loss=loss)
+    value = loss(x, hard_target(x, loss), reduction=reduction)
+    value.backward(torch.ones_like(value))
+    assert x.grad.isfinite().all()
+    assert x.grad.any()

@@ -10,9 +10,9 @@ from torch.autograd import forward_ad
 
 from mlloss_cuda import (
     SparseLabels,
+    arguments,
     build_information,
     debug_checks,
-    functional,
     multilabel_categorical_crossentropy,
     ops,
     sigmoid_cross_entropy,
@@ -90,7 +90,7 @@ def test_invalid_normalizer_tensors(
     if backend.device.type == "cpu":
         with pytest.raises(ValueError, match="normalizer must be finite and not negative"):
             sigmoid_cross_entropy(x, y, normalizer=tensor)
-    monkeypatch.setattr(functional, "contents_may_be_checked", lambda _: False)
+    monkeypatch.setattr(arguments, "contents_may_be_checked", lambda _: False)
     for loss in LOSSES:
         assert loss(x, y, normalizer=tensor).isnan()
 

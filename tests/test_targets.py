@@ -1,11 +1,14 @@
-"""SparseLabels: how they are made and what they become."""
+"""SparseLabels and PackedLabels: how they are made and what they become."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
-from mlloss_cuda import SparseLabels
+from mlloss_cuda import PackedLabels, SparseLabels
+from tests.cases import packed_words
 
 LISTS = [[3, 0], [], [5, 5, 1]]
 DENSE = [[1, 0, 0, 1, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 1]]
@@ -81,6 +84,79 @@ def test_from_csr_keeps_soft_values() -> None:
     assert torch.equal(labels.to_dense(3), matrix.to_dense())
 
 
+def test_from_csr_of_what_is_observed_keeps_everything() -> None:
+    for values in (torch.tensor([1, 0, 1]), torch.tensor([1.0, 0.0, 1.0])):
+        matrix = torch.sparse_csr_tensor(
+            torch.tensor([0, 2, 3]), torch.tensor([0, 2, 1]), values, (2, 3), check_invariants=True
+        )
+        labels = SparseLabels.from_csr(matrix, observed_only=True)
+        assert labels.observed_only
+        assert labels.indices.tolist() == [0, 2, 1]
+        assert labels.values is not None
+        assert labels.values.is_floating_point()
+        assert labels.values.tolist() == [1, 0, 1]
+
+
+def test_from_lists_with_values() -> None:
+    labels = SparseLabels.from_lists(LISTS, values=[[1, 0.5], [], [0, 0.25, 1]])
+    assert labels.values is not None
+    assert labels.values.dtype == torch.float32
+    assert labels.values.tolist() == [1, 0.5, 0, 0.25, 1]
+    assert not labels.observed_only
+    whole = SparseLabels.from_lists(LISTS, values=[[1, 0], [], [0, 1, 1]], observed_only=True)
+    assert whole.observed_only
+    assert whole.values is not None
+    assert whole.values.is_floating_point()
+    assert SparseLabels.from_lists([[]], values=[[]]).values is not None
+    assert SparseLabels.from_lists(LISTS, observed_only=True).values is None
+
+
+def test_from_padded_with_values() -> None:
+    index = torch.tensor([[-1, 3], [0, 5]])
+    values = torch.tensor([[9, 1], [0, 1]])
+    labels = SparseLabels.from_padded(index, values=values, observed_only=True)
+    assert labels.observed_only
+    assert labels.values is not None
+    assert labels.values.shape == (4,)
+    assert labels.values.is_floating_point()
+    soft = SparseLabels.from_padded(index, 5, values=values.half())
+    assert soft.values is not None
+    assert soft.values.dtype == torch.float16
+    assert soft.indices.tolist() == [-1, 3, 0, -1]
+    assert not soft.observed_only
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_from_nested(dtype: torch.dtype) -> None:
+    rows = [torch.tensor(ids, dtype=dtype) for ids in LISTS]
+    nested = torch.nested.nested_tensor(rows, layout=torch.jagged)
+    labels = SparseLabels.from_nested(nested)
+    assert labels.indices.dtype == dtype
+    assert labels.to_dense(6).int().tolist() == DENSE
+    assert labels.indices.data_ptr() == nested.values().data_ptr()
+    values = torch.nested.nested_tensor(
+        [torch.rand(len(ids)) for ids in LISTS], layout=torch.jagged
+    )
+    observed = SparseLabels.from_nested(nested, values=values, observed_only=True)
+    assert observed.observed_only
+    assert observed.values is not None
+    assert torch.equal(observed.values, values.values())
+
+
+def test_from_nested_with_holes() -> None:
+    """As `torch.nested.narrow` makes it: rows of a rectangle, with what is beyond them between."""
+    table = torch.tensor([[3, 0, 9, 9], [9, 9, 9, 9], [5, 1, 5, 9]])
+    nested = torch.nested.narrow(
+        table, 1, torch.zeros(3).long(), torch.tensor([2, 0, 3]), layout=torch.jagged
+    )
+    assert SparseLabels.from_nested(nested).to_dense(6).int().tolist() == DENSE
+    shifted = torch.nested.narrow(
+        table, 1, torch.tensor([1, 3, 0]), torch.tensor([1, 0, 2]), layout=torch.jagged
+    )
+    dense = SparseLabels.from_nested(shifted).to_dense(6).int().tolist()
+    assert dense == [[1, 0, 0, 0, 0, 0], [0] * 6, [0, 1, 0, 0, 0, 1]]
+
+
 def test_to_dense_of_values_takes_the_larger_of_duplicates() -> None:
     labels = SparseLabels(
         torch.tensor([1, 1, 0, -1]), torch.tensor([0, 3, 4]), torch.tensor([0.5, 0.75, 0.0, 1.0])
@@ -91,11 +167,94 @@ def test_to_dense_of_values_takes_the_larger_of_duplicates() -> None:
 def test_to_shares_what_is_there() -> None:
     labels = SparseLabels.from_lists(LISTS)
     assert labels.to("cpu").indices is labels.indices
-    moved = labels._replace(values=torch.ones(5)).to("meta")
-    assert [tensor.device.type for tensor in moved] == ["meta"] * 3
+    moved = labels._replace(values=torch.ones(5), observed_only=True).to("meta")
+    assert [tensor.device.type for tensor in moved[:3]] == ["meta"] * 3
+    assert moved.observed_only
 
 
 def test_sparse_labels_are_immutable() -> None:
     labels = SparseLabels.from_lists(LISTS)
     with pytest.raises(AttributeError):
         labels.indices = labels.offsets
+
+
+# ---- PackedLabels --------------------------------------------------------------------------------
+
+WIDTHS = [0, 1, 31, 32, 33, 64, 100]
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.4
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (0,), (2, 0)])
+def test_pack_and_unpack(columns: int, lead: tuple[int, ...]) -> None:
+    dense = draw(*lead, columns)
+    labels = PackedLabels.pack(dense)
+    assert labels.words.dtype == torch.int32
+    assert labels.words.shape == (*lead, (columns + 31) // 32)
+    assert labels.num_labels == columns
+    assert labels.num_rows == torch.Size(lead).numel()
+    assert labels.unpack().dtype == torch.bool
+    assert torch.equal(labels.unpack(), dense)
+
+
+def test_label_c_is_bit_c_of_its_row() -> None:
+    for label, value in [(0, 1), (1, 2), (30, 2**30), (31, -(2**31)), (32, 1), (63, -(2**31))]:
+        dense = torch.zeros(1, 64, dtype=torch.bool)
+        dense[0, label] = True
+        words = [0, 0]
+        words[label // 32] = value
+        assert PackedLabels.pack(dense).words.tolist() == [words]
+
+
+def test_pack_agrees_with_numpy() -> None:
+    dense = draw(5, 96)
+    assert torch.equal(PackedLabels.pack(dense).words, packed_words(dense))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int8, torch.int32, torch.int64, torch.float32, torch.bfloat16]
+)
+def test_pack_takes_any_numbers(dtype: torch.dtype) -> None:
+    dense = draw(3, 40)
+    assert torch.equal(PackedLabels.pack(dense.to(dtype)).unpack(), dense)
+
+
+def test_pack_takes_any_nonzero_byte() -> None:
+    """As a mask does."""
+    dense = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8)
+    assert PackedLabels.pack(dense).unpack().tolist() == [[False, True, True, True]]
+
+
+def test_pack_takes_any_strides() -> None:
+    dense = draw(40, 6)
+    for view in (dense.t(), dense[::2], dense[:1].expand(4, 6), dense[:, ::2]):
+        assert torch.equal(PackedLabels.pack(view).unpack(), view)
+
+
+def test_unpack_ignores_bits_beyond_the_last_label() -> None:
+    for columns, seed in itertools.product((1, 31, 33, 40), range(3)):
+        dense = draw(4, columns)
+        assert torch.equal(PackedLabels(packed_words(dense, seed), columns).unpack(), dense)
+
+
+def test_packing_needs_no_large_memory() -> None:
+    """A byte for each label; temporaries of four or eight would not do."""
+    dense = draw(64, 1 << 16)
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        labels = PackedLabels.pack(dense)
+        labels.unpack()
+    events = profile.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    assert max(sizes) <= dense.numel() * 1.1
+
+
+def test_packed_labels_are_immutable() -> None:
+    labels = PackedLabels.pack(draw(3, 40))
+    assert labels.to("cpu").words is labels.words
+    with pytest.raises(AttributeError):
+        labels.words = labels.words

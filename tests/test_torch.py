@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,17 +20,31 @@ from torch.utils.data import DataLoader, Dataset
 import mlloss_cuda
 from mlloss_cuda import (
     MultilabelCategoricalCrossentropy,
+    PackedLabels,
     SigmoidCrossEntropyLoss,
     SparseLabels,
     ops,
 )
-from mlloss_cuda.targets import normalize_mask, normalize_target
-from tests.cases import LOSSES, POINTWISE
+from tests.cases import (
+    ASYMMETRIC,
+    BINARY,
+    DICE,
+    FOCAL,
+    LOSSES,
+    MARGIN,
+    NATIVE,
+    RANKING,
+    SIGMOID,
+    SOFTMAX,
+    TVERSKY,
+    ZLPR,
+    Loss,
+    every_loss,
+    native_losses,
+)
 from tests.conftest import use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
-
-both_losses = pytest.mark.parametrize("loss", list(LOSSES))
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -40,6 +55,11 @@ def logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (draw(*shape) * 8 - 4).to(dtype).requires_grad_()
 
 
+def inputs_of(loss: Loss, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Logits, or probabilities where the loss is one of those."""
+    return loss.input_from(logits(*shape, dtype=dtype).detach()).requires_grad_()
+
+
 def sparse(rows: int = 4, width: int = 3, num_labels: int = 9, seed: int = 1) -> SparseLabels:
     generator = torch.Generator().manual_seed(seed)
     return SparseLabels.from_padded(
@@ -47,12 +67,37 @@ def sparse(rows: int = 4, width: int = 3, num_labels: int = 9, seed: int = 1) ->
     )
 
 
+def observed(rows: int = 4, soft: bool = True) -> SparseLabels:
+    labels = sparse(rows)._replace(observed_only=True)
+    values = draw(rows * 3)
+    return labels._replace(values=values if soft else (values < 0.5).float())
+
+
+def packed(labels: Tensor) -> PackedLabels:
+    return PackedLabels.pack(labels)
+
+
 # ---- opcheck -------------------------------------------------------------------------------------
 
+ROW_WEIGHT = {"weight": draw(4), "reduction": "none"}
+ELEMENT_WEIGHT = {"weight": draw(4, 1), "label_smoothing": 0.1, "reduction": "none"}
+OWN_OPTIONS: dict[Loss, dict[str, Any]] = {
+    SIGMOID: ELEMENT_WEIGHT | {"pos_weight": draw(9)},
+    BINARY: ELEMENT_WEIGHT | {"pos_weight": draw(9), "eps": 1e-3},
+    FOCAL: ELEMENT_WEIGHT | {"pos_weight": draw(9), "alpha": draw(9), "gamma": draw(4, 1)},
+    ASYMMETRIC: ELEMENT_WEIGHT | {"gamma_neg": 1.5, "clip": 0.1, "detach_focal": True},
+    ZLPR: ROW_WEIGHT | {"threshold": draw(4, 1)},
+    RANKING: ROW_WEIGHT,
+    SOFTMAX: ROW_WEIGHT | {"normalize_target": False, "partition": "poisson"},
+    MARGIN: ROW_WEIGHT | {"margin": 2.0},
+    DICE: {"axis": "classes", "weight": draw(9)},
+    TVERSKY: {"axis": "micro", "alpha": 0.3, "beta": 0.7},
+}
 
-def samples(loss: str) -> dict[str, dict[str, Any]]:
+
+def samples(loss: Loss) -> dict[str, dict[str, Any]]:
     hard = draw(4, 9, seed=2) < 0.3
-    result = {
+    return {
         "dense": {"target": hard},
         "soft fp64": {"target": draw(4, 9), "dtype": torch.float64, "reduction": "none"},
         "sparse": {"target": sparse(), "mask": sparse(seed=5)},
@@ -61,76 +106,77 @@ def samples(loss: str) -> dict[str, dict[str, Any]]:
             "dtype": torch.bfloat16,
             "mask": hard,
         },
+        "packed": {"target": packed(hard), "mask": packed(draw(4, 9, seed=3) < 0.7)},
+        "observed": {"target": observed(), "mask": packed(draw(4, 9, seed=3) < 0.7)},
         "ignored": {"target": hard.long() - 1, "ignore_index": -1.0, "reduction": "weighted_mean"},
         "normalizer": {"target": hard, "normalizer": torch.tensor(5.0, dtype=torch.float64)},
         "empty": {"target": hard[:0], "rows": 0},
+        "options": {"target": hard, **OWN_OPTIONS[loss]},
     }
-    if loss == POINTWISE:
-        result["weights"] = {
-            "target": hard,
-            "weight": draw(4, 1).expand(4, 9),
-            "pos_weight": draw(9).expand(4, 9),
-            "label_smoothing": 0.1,
-            "reduction": "none",
-        }
-    else:
-        result["threshold"] = {"target": hard, "threshold": draw(4).requires_grad_()}
-        result["weights"] = {"target": hard, "weight": draw(4), "reduction": "none"}
-    return result
 
 
-def flat_arguments(loss: str, sample: dict[str, Any]) -> tuple[Any, ...]:
-    """Arguments of the functional operator, in the order of its schema."""
-    dtype = sample.get("dtype", torch.float32)
-    x = logits(sample.get("rows", 4), 9, dtype=dtype)
-    ignored = sample.get("ignore_index")
-    labels = ops._flat(
-        normalize_target(sample["target"], x, ignored), normalize_mask(sample.get("mask"), x)
-    )
-    reduction = ops._reduction_code(sample.get("reduction", "mean"), sample.get("normalizer"))
-    if loss == POINTWISE:
-        options = (
-            sample.get("weight"),
-            sample.get("pos_weight"),
-            sample.get("label_smoothing", 0.0),
-            sample.get("normalizer"),
-        )
-    else:
-        exact = torch.float64 if dtype == torch.float64 else torch.float32
-        threshold = sample.get("threshold", torch.zeros(len(x), dtype=exact))
-        options = (threshold, sample.get("weight"), sample.get("normalizer"))
-    return (x, *labels, ignored, *options, reduction)
+class Recorder:
+    """Kernels that remember what they were called with."""
+
+    def __init__(self) -> None:
+        self.calls: dict[str, tuple[Any, ...]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> None:
+            self.calls[name] = arguments
+            getattr(torch.ops.mlloss_cuda, name)(*arguments)
+
+        return call
+
+
+def operator_arguments(loss: Loss, sample: dict[str, Any]) -> tuple[Any, ...]:
+    """Arguments of the functional operator, as the loss passes them on."""
+    sample = dict(sample)
+    x = inputs_of(loss, sample.pop("rows", 4), 9, dtype=sample.pop("dtype", torch.float32))
+    with pytest.MonkeyPatch.context() as patch:
+        recorder = Recorder()
+        patch.setitem(ops._kernels, "cpu", recorder)
+        loss(x.detach(), sample.pop("target"), **sample)
+    arguments = recorder.calls[f"{loss.name}_out"][: -(2 if loss.pointwise else 3)]
+    # The threshold, the only other argument with a gradient, stands behind the labels.
+    learned = {0: x} | ({9: arguments[9].detach().clone().requires_grad_()} if loss is ZLPR else {})
+    return tuple(learned.get(i, value) for i, value in enumerate(arguments))
 
 
 def detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
 
 
-@pytest.mark.parametrize("sample", [*samples(POINTWISE), "threshold"])
-@both_losses
-def test_opcheck(native: None, loss: str, sample: str) -> None:
-    if sample not in samples(loss):
-        pytest.skip("not an option of this loss")
-    arguments = flat_arguments(loss, samples(loss)[sample])
-    name = LOSSES[loss].__name__
-    operator = getattr(torch.ops.mlloss_cuda, name)
+OPCHECKS = [
+    (loss, sample)
+    for loss in NATIVE
+    for sample in samples(loss)
+    # The operators of a kind differ in their own options alone.
+    if loss in (SIGMOID, ZLPR) or sample in ("sparse", "observed", "options")
+]
+
+
+@pytest.mark.parametrize(("loss", "sample"), OPCHECKS, ids=[f"{a}-{b}" for a, b in OPCHECKS])
+def test_opcheck(native: None, loss: Loss, sample: str) -> None:
+    arguments = operator_arguments(loss, samples(loss)[sample])
+    operator = getattr(torch.ops.mlloss_cuda, loss.name)
     torch.library.opcheck(operator, arguments)
     torch.library.opcheck(operator, detached(arguments))
 
     with torch.no_grad():
         outputs = operator(*arguments)
     arguments = detached(arguments)
-    kernel = getattr(torch.ops.mlloss_cuda, f"{name}_out")
+    kernel = getattr(torch.ops.mlloss_cuda, f"{loss.name}_out")
     torch.library.opcheck(kernel, (*arguments, *(torch.empty_like(o) for o in outputs)))
 
     loss_value, *statistics, scale = outputs
     upstream = torch.full_like(loss_value, 1.5)
     backward_arguments = (upstream, scale, *statistics, *arguments)
-    backward = getattr(torch.ops.mlloss_cuda, f"{name}_backward")
+    backward = getattr(torch.ops.mlloss_cuda, f"{loss.name}_backward")
     torch.library.opcheck(backward, backward_arguments)
     gradients = backward(*backward_arguments)
     gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
-    kernel = getattr(torch.ops.mlloss_cuda, f"{name}_backward_out")
+    kernel = getattr(torch.ops.mlloss_cuda, f"{loss.name}_backward_out")
     torch.library.opcheck(kernel, (*backward_arguments, *map(torch.empty_like, gradients)))
 
 
@@ -140,8 +186,7 @@ def test_every_operator_of_the_library_is_checked(native: None) -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("mlloss_cuda::")
     }
-    expected = {f"{loss.__name__}{suffix}" for loss in LOSSES.values() for suffix in SUFFIXES}
-    assert names == expected
+    assert names == {f"{loss.name}{suffix}" for loss in NATIVE for suffix in SUFFIXES}
 
 
 SUFFIXES = ("", "_out", "_backward", "_backward_out")
@@ -162,22 +207,31 @@ def compiled_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     torch._dynamo.reset()
 
 
-def compile_cases(loss: str, rows: int = 4) -> dict[str, tuple[Any, dict[str, Any]]]:
+def compile_cases(loss: Loss, rows: int = 4) -> dict[str, tuple[Any, dict[str, Any]]]:
     hard = draw(rows, 9, seed=2) < 0.3
-    cases: dict[str, tuple[Any, dict[str, Any]]] = {
+    mask = draw(rows, 9, seed=3) < 0.7
+    values = draw(rows * 3) if loss.soft_targets else torch.ones(rows * 3)
+    soft = draw(rows, 9) if loss.soft_targets else hard.float()
+    own = {
+        name: value[:1].expand(rows, *value.shape[1:]) if name == "threshold" else value
+        for name, value in OWN_OPTIONS[loss].items()
+    }
+    if loss is ZLPR:
+        own["threshold"] = draw(rows, 1).requires_grad_()
+    return {
         "dense": (hard, {}),
-        "soft masked": (draw(rows, 9), {"mask": draw(rows, 9, seed=3) < 0.7}),
+        "soft masked": (soft, {"mask": mask}),
         "sparse": (sparse(rows), {}),
         "sparse masked by sparse": (sparse(rows), {"mask": sparse(rows, 7, seed=4)}),
-        "sparse soft": (sparse(rows)._replace(values=draw(rows * 3)), {"reduction": "none"}),
+        "sparse soft": (sparse(rows)._replace(values=values), {"reduction": "none"}),
+        "packed": (packed(hard), {}),
+        "packed masked by packed": (packed(hard), {"mask": packed(mask)}),
+        "sparse masked by packed": (sparse(rows), {"mask": packed(mask)}),
+        "observed": (observed(rows, loss.soft_targets), {}),
+        "observed masked by packed": (observed(rows, loss.soft_targets), {"mask": packed(mask)}),
         "ignored": (hard.long() - 1, {"ignore_index": -1, "normalizer": 7.0}),
+        "options": (hard, own),
     }
-    if loss == POINTWISE:
-        options = {"weight": draw(rows, 1), "pos_weight": draw(9), "label_smoothing": 0.1}
-    else:
-        options = {"weight": draw(rows), "threshold": draw(rows, 1).requires_grad_()}
-    cases["options"] = (hard, options | {"reduction": "weighted_mean"})
-    return cases
 
 
 def value_and_gradients(
@@ -188,38 +242,72 @@ def value_and_gradients(
     return [value.detach(), *torch.autograd.grad(value, inputs, torch.full_like(value, 1.5))]
 
 
-@pytest.mark.parametrize("case", list(compile_cases(POINTWISE)))
-@both_losses
-def test_compiled_equals_eager(compiled_backend: str, loss: str, case: str) -> None:
+# Formats cross for every loss; those of different losses are the same to torch.compile beyond that.
+CROSSING = ("sparse masked by packed", "packed", "observed masked by packed", "options")
+
+
+def compiled_on(name: str, rows: list[tuple[Any, ...]]) -> pytest.MarkDecorator:
+    """Two losses on both backends, the others on the one that is theirs."""
+    rows = [
+        (*row, backend)
+        for row in rows
+        for backend in ("native", "reference")
+        if row[0] in (SIGMOID, ZLPR) or row[0].native == (backend == "native")
+    ]
+    return pytest.mark.parametrize(
+        (*name.split(), "compiled_backend"),
+        rows,
+        ids=["-".join(map(str, row)) for row in rows],
+        indirect=["compiled_backend"],
+    )
+
+
+@compiled_on(
+    "loss case",
+    [
+        (loss, case)
+        for loss in LOSSES
+        for case in compile_cases(loss)
+        if loss in (SIGMOID, ZLPR) or case in CROSSING
+    ],
+)
+def test_compiled_equals_eager(compiled_backend: str, loss: Loss, case: str) -> None:
     target, options = compile_cases(loss)[case]
-    x = logits(4, 9)
+    x, apply = inputs_of(loss, 4, 9), loss.function
 
     def function(x: Tensor, target: Any, **options: Any) -> Tensor:
-        return LOSSES[loss](x * 2, target, **options) * 3
+        return apply(x * 0.5, target, **options) * 3
 
     expected = value_and_gradients(function, x, target, options)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value_and_gradients(compiled, x, target, options), expected)
 
 
-@both_losses
-def test_compiled_with_inductor(compiled_backend: str, loss: str) -> None:
+@compiled_on("loss", [(SIGMOID,), (ZLPR,), (MARGIN,)])
+def test_compiled_with_inductor(compiled_backend: str, loss: Loss) -> None:
     model = torch.nn.Linear(5, 9)
-    target = sparse()
-    features = draw(4, 5)
+    features, target, mask = draw(4, 5), sparse(), packed(draw(4, 9) < 0.7)
+    apply = loss.function
 
-    def step(features: Tensor, target: SparseLabels) -> Tensor:
-        return LOSSES[loss](model(features), target)
+    def step(features: Tensor, target: SparseLabels, mask: PackedLabels) -> Tensor:
+        return apply(model(features), target, mask=mask)
 
-    step(features, target).backward()
+    step(features, target, mask).backward()
     expected = model.weight.grad.clone()
     model.zero_grad()
-    torch.compile(step, fullgraph=True)(features, target).backward()
+    torch.compile(step, fullgraph=True)(features, target, mask).backward()
     torch.testing.assert_close(model.weight.grad, expected)
 
 
-@both_losses
-def test_compiled_for_any_batch_size(compiled_backend: str, loss: str) -> None:
+@compiled_on(
+    "loss case",
+    [
+        (loss, case)
+        for loss in (SIGMOID, ZLPR, SOFTMAX)
+        for case in ("sparse masked by sparse", "observed masked by packed")
+    ],
+)
+def test_compiled_for_any_batch_size(compiled_backend: str, loss: Loss, case: str) -> None:
     graphs = 0
 
     def count(graph: torch.fx.GraphModule, _: list[Tensor]) -> Callable[..., Any]:
@@ -227,63 +315,79 @@ def test_compiled_for_any_batch_size(compiled_backend: str, loss: str) -> None:
         graphs += 1
         return graph.forward
 
-    compiled = torch.compile(LOSSES[loss], fullgraph=True, dynamic=True, backend=count)
+    compiled = torch.compile(loss.function, fullgraph=True, dynamic=True, backend=count)
     for rows in (4, 5, 7, 12):
-        target, options = compile_cases(loss, rows)["sparse masked by sparse"]
+        target, options = compile_cases(loss, rows)[case]
         x = logits(rows, 9)
-        torch.testing.assert_close(
-            compiled(x, target, **options), LOSSES[loss](x, target, **options)
-        )
+        torch.testing.assert_close(compiled(x, target, **options), loss(x, target, **options))
     assert graphs == 1
     marked = logits(6, 9).detach()
     torch._dynamo.mark_dynamic(marked, 0)
-    other = torch.compile(LOSSES[loss], fullgraph=True, backend="aot_eager")
+    other = torch.compile(loss.function, fullgraph=True, backend="aot_eager")
     target = torch.zeros(6, 9, dtype=torch.bool)
     torch._dynamo.mark_dynamic(target, 0)
-    torch.testing.assert_close(other(marked, target), LOSSES[loss](marked, target))
+    torch.testing.assert_close(other(marked, target), loss(marked, target))
 
 
-@pytest.mark.parametrize(
-    ("loss", "option"),
+@compiled_on(
+    "loss option",
     [
-        *(("sigmoid", name) for name in ("weight", "pos_weight", "label_smoothing", "normalizer")),
-        *(("zlpr", name) for name in ("weight", "threshold", "normalizer")),
+        *((SIGMOID, name) for name in ("weight", "pos_weight", "label_smoothing", "normalizer")),
+        *((ZLPR, name) for name in ("weight", "threshold", "normalizer")),
+        *((FOCAL, name) for name in ("alpha", "gamma")),
+        *((ASYMMETRIC, name) for name in ("gamma_neg", "gamma_pos", "clip")),
+        (SOFTMAX, "partition_weight"),
+        (MARGIN, "margin"),
+        *((TVERSKY, name) for name in ("smooth", "alpha", "beta")),
     ],
 )
-def test_compiled_with_a_number_that_changes(compiled_backend: str, loss: str, option: str) -> None:
+def test_compiled_with_a_number_that_changes(
+    compiled_backend: str, loss: Loss, option: str
+) -> None:
     """The second value makes torch.compile treat the number as a variable."""
     x, target = logits(4, 9), sparse()
-    compiled = torch.compile(LOSSES[loss], fullgraph=True, backend="eager")
+    compiled = torch.compile(loss.function, fullgraph=True, backend="eager")
     for number in (0.25, 0.5, 0.75):
-        expected = LOSSES[loss](x, target, **{option: number})
+        expected = loss(x, target, **{option: number})
         torch.testing.assert_close(compiled(x, target, **{option: number}), expected)
 
 
-@both_losses
-def test_compiled_module(compiled_backend: str, loss: str) -> None:
-    module: torch.nn.Module = SigmoidCrossEntropyLoss(pos_weight=draw(9), label_smoothing=0.1)
-    if loss != POINTWISE:
-        module = MultilabelCategoricalCrossentropy(threshold=torch.nn.Parameter(torch.tensor(0.3)))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: SigmoidCrossEntropyLoss(pos_weight=draw(9), label_smoothing=0.1),
+        lambda: mlloss_cuda.SigmoidFocalLoss(alpha=draw(9), gamma=draw(9)),
+        lambda: MultilabelCategoricalCrossentropy(threshold=torch.nn.Parameter(torch.tensor(0.3))),
+    ],
+    ids=["sigmoid", "focal", "zlpr"],
+)
+def test_compiled_module(compiled_backend: str, make: Callable[[], torch.nn.Module]) -> None:
+    module = make()
     x, target = logits(4, 9), draw(4, 9)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, target), module(x, target))
 
 
-@both_losses
-def test_compiled_operator_still_finds_bad_indices(native: None, loss: str) -> None:
+@native_losses
+def test_compiled_operator_still_finds_bad_indices(native: None, loss: Loss) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(LOSSES[loss], fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss.function, fullgraph=True, backend="aot_eager")
+    bad, x = SparseLabels.from_lists([[0], [9]]), inputs_of(loss, 2, 9)
     with pytest.raises(ValueError, match="target holds the index 9"):
-        compiled(logits(2, 9), SparseLabels.from_lists([[0], [9]]))
+        compiled(x, bad)
+    with pytest.raises(ValueError, match="target holds the index 9"):
+        compiled(x, bad._replace(observed_only=True))
+    with pytest.raises(ValueError, match="mask holds the index 9"):
+        compiled(x, x > 0, mask=bad)
 
 
-@both_losses
-def test_second_derivative_of_the_operator_raises(native: None, loss: str) -> None:
-    operator = getattr(torch.ops.mlloss_cuda, LOSSES[loss].__name__)
-    arguments = flat_arguments(loss, samples(loss)["dense"])
+@native_losses
+def test_second_derivative_of_the_operator_raises(native: None, loss: Loss) -> None:
+    operator = getattr(torch.ops.mlloss_cuda, loss.name)
+    arguments = operator_arguments(loss, samples(loss)["dense"])
     value = operator(*arguments)[0]
     (gradient,) = torch.autograd.grad(value, arguments[0], create_graph=True)
-    with pytest.raises(RuntimeError, match=f"{LOSSES[loss].__name__} has no second derivative"):
+    with pytest.raises(RuntimeError, match=f"{loss.name} has no second derivative"):
         gradient.sum().backward()
 
 
@@ -291,30 +395,46 @@ def test_second_derivative_of_the_operator_raises(native: None, loss: str) -> No
 
 
 class Model(torch.nn.Module):
-    def __init__(self, loss: str) -> None:
+    def __init__(self, loss: Loss) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(5, 9)
-        self.loss = LOSSES[loss]
+        self.loss = loss.function
+        self.probabilities = loss.probabilities
 
-    def forward(self, features: Tensor, target: Any, mask: Tensor) -> Tensor:
-        return self.loss(self.linear(features), target, mask=mask)
+    def forward(self, features: Tensor, target: Any, mask: Any) -> Tensor:
+        x = self.linear(features)
+        return self.loss(torch.sigmoid(x) if self.probabilities else x, target, mask=mask)
 
 
-@pytest.mark.parametrize("form", ["dense", "sparse"])
-@both_losses
-def test_export_and_load(native: None, loss: str, form: str) -> None:
+EXPORTED = [
+    (loss, form)
+    for loss in LOSSES
+    for form in ("dense", "sparse", "packed", "observed")
+    if loss in (SIGMOID, ZLPR) or form in ("dense", "observed")
+]
+
+
+@pytest.mark.parametrize(("loss", "form"), EXPORTED, ids=[f"{a}-{b}" for a, b in EXPORTED])
+def test_export_and_load(native: None, loss: Loss, form: str) -> None:
     model = Model(loss)
 
     def inputs(rows: int) -> tuple[Any, ...]:
-        target = sparse(rows) if form == "sparse" else draw(rows, 9) < 0.3
-        return draw(rows, 5), target, draw(rows, 9, seed=3) < 0.7
+        hard, mask = draw(rows, 9) < 0.3, draw(rows, 9, seed=3) < 0.7
+        target, mask = {
+            "dense": (hard, mask),
+            "sparse": (sparse(rows), sparse(rows, 7, seed=4)),
+            "packed": (packed(hard), packed(mask)),
+            "observed": (observed(rows, loss.soft_targets), packed(mask)),
+        }[form]
+        return draw(rows, 5), target, mask
 
     dynamic: Any = None
     if form == "dense":
         batch = torch.export.Dim("batch", min=2)
         dynamic = {"features": {0: batch}, "target": {0: batch}, "mask": {0: batch}}
     program = torch.export.export(model, inputs(4), dynamic_shapes=dynamic)
-    assert any(LOSSES[loss].__name__ in str(node.target) for node in program.graph.nodes)
+    called = any(f"mlloss_cuda.{loss.name}" in str(node.target) for node in program.graph.nodes)
+    assert called == loss.native
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
@@ -326,80 +446,202 @@ def test_export_and_load(native: None, loss: str, form: str) -> None:
 # ---- Autocast ------------------------------------------------------------------------------------
 
 
-@both_losses
+@native_losses
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_autocast_leaves_the_logits_alone(
-    native: None, monkeypatch: pytest.MonkeyPatch, loss: str, half: torch.dtype
+    native: None, monkeypatch: pytest.MonkeyPatch, loss: Loss, half: torch.dtype
 ) -> None:
-    seen = []
-
-    class Spy:
-        def __getattr__(self, name: str) -> Any:
-            def call(*arguments: Any) -> None:
-                first = 0 if not name.endswith("backward_out") else 2 + (loss != POINTWISE)
-                seen.append(arguments[first].dtype)
-                getattr(torch.ops.mlloss_cuda, name)(*arguments)
-
-            return call
-
-    monkeypatch.setitem(ops._kernels, "cpu", Spy())
+    recorder = Recorder()
+    monkeypatch.setitem(ops._kernels, "cpu", recorder)
     model = torch.nn.Linear(5, 9)
     target = draw(4, 9) < 0.3
     with torch.autocast("cpu", dtype=half):
         x = model(draw(4, 5))
         assert x.dtype == half
-        value = LOSSES[loss](x, target)
+        value = loss(torch.sigmoid(x) if loss.probabilities else x, target)
     assert value.dtype == torch.float32
     value.backward()
-    assert seen == [half, half]
+    assert recorder.calls[f"{loss.name}_out"][0].dtype == half
+    behind = 2 if loss.pointwise else 3  # grad_output, scale, statistics
+    assert recorder.calls[f"{loss.name}_backward_out"][behind].dtype == half
     assert model.weight.grad.dtype == torch.float32
 
 
 # ---- Data loading, copies, distribution ----------------------------------------------------------
 
 
+def ids_of(row: int) -> list[int]:
+    return [row % 9, (row * 5) % 9][: row % 3]
+
+
+def dense_row(row: int) -> Tensor:
+    return SparseLabels.from_lists([ids_of(row)]).to_dense(9)[0]
+
+
+class Sample(NamedTuple):
+    features: Tensor
+    labels: Any
+
+
+# What a data set may give for the labels of a row, and what a batch of it is.
+SAMPLES: dict[str, tuple[Callable[[int], Any], type]] = {
+    "ids": (ids_of, SparseLabels),
+    "sparse": (lambda row: SparseLabels.from_lists([ids_of(row)]), SparseLabels),
+    "sparse_int32": (
+        lambda row: SparseLabels.from_lists([ids_of(row)], dtype=torch.int32),
+        SparseLabels,
+    ),
+    "sparse_values": (
+        lambda row: SparseLabels.from_lists([ids_of(row)], values=[[1.0] * len(ids_of(row))]),
+        SparseLabels,
+    ),
+    "observed": (
+        lambda row: SparseLabels.from_lists(
+            [range(9)], values=[dense_row(row).tolist()], observed_only=True
+        ),
+        SparseLabels,
+    ),
+    "packed": (lambda row: PackedLabels.pack(dense_row(row)), PackedLabels),
+    "dense": (dense_row, Tensor),
+}
+SHAPES: dict[str, Callable[[Tensor, Any], Any]] = {
+    "tuple": lambda features, labels: (features, labels),
+    "named": Sample,
+    "dict": lambda features, labels: {"features": features, "labels": labels},
+    "deep": lambda features, labels: {"features": features, "labels": labels, "more": [(1, "a")]},
+}
+
+
 class Rows(Dataset):
-    """Label ids of 23 rows."""
+    """23 rows, whose labels are given in one way."""
+
+    def __init__(self, kind: str, shape: str) -> None:
+        self.kind, self.shape = kind, shape
 
     def __len__(self) -> int:
         return 23
 
-    def __getitem__(self, row: int) -> tuple[Tensor, list[int]]:
-        return draw(9, seed=row), [row % 9, (row * 5) % 9][: row % 3]
+    def __getitem__(self, row: int) -> Any:
+        return SHAPES[self.shape](draw(9, seed=row), SAMPLES[self.kind][0](row))
 
 
-def collate(rows: list[tuple[Tensor, list[int]]]) -> tuple[Tensor, SparseLabels]:
-    return torch.stack([x for x, _ in rows]), SparseLabels.from_lists([ids for _, ids in rows])
+def labels_of(batch: Any) -> tuple[Tensor, Any]:
+    return (batch["features"], batch["labels"]) if isinstance(batch, dict) else tuple(batch)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_data_loader(workers: int) -> None:
-    rows = Rows()
-    expected = SparseLabels.from_lists([rows[i][1] for i in range(len(rows))]).to_dense(9)
-    loader = DataLoader(rows, batch_size=5, num_workers=workers, collate_fn=collate)
+def to_dense(labels: Any) -> Tensor:
+    if isinstance(labels, PackedLabels):
+        return labels.unpack()
+    return labels.to_dense(9) if isinstance(labels, SparseLabels) else labels
+
+
+LOADERS = [
+    *((kind, "tuple", workers) for kind in SAMPLES for workers in (0, 2)),
+    *(("ids", shape, 0) for shape in ("named", "dict", "deep")),
+    *(("packed", shape, 2) for shape in ("named", "dict", "deep")),
+]
+
+
+@pytest.mark.parametrize(("kind", "shape", "workers"), LOADERS)
+def test_data_loader(kind: str, shape: str, workers: int) -> None:
+    expected = torch.stack([dense_row(row) for row in range(23)])
+    loader = DataLoader(
+        Rows(kind, shape), batch_size=5, num_workers=workers, collate_fn=mlloss_cuda.collate
+    )
     batches = list(loader)
-    assert [type(labels) for _, labels in batches] == [SparseLabels] * 5
-    assert torch.equal(torch.cat([labels.to_dense(9) for _, labels in batches]), expected)
-    for x, labels in batches:
-        torch.testing.assert_close(
-            mlloss_cuda.zlpr_loss(x, labels), mlloss_cuda.zlpr_loss(x, labels.to_dense(9))
-        )
+    # default_collate makes lists of tuples without names.
+    kinds = {"tuple": list, "named": Sample, "dict": dict, "deep": dict}
+    assert {type(batch) for batch in batches} == {kinds[shape]}
+    pairs = [labels_of(batch) for batch in batches]
+    assert [type(labels) for _, labels in pairs] == [SAMPLES[kind][1]] * 5
+    assert torch.equal(torch.cat([to_dense(labels) for _, labels in pairs]).bool(), expected)
+    for x, labels in pairs:
+        for loss in (mlloss_cuda.zlpr_loss, mlloss_cuda.sigmoid_cross_entropy):
+            torch.testing.assert_close(loss(x, labels), loss(x, to_dense(labels)))
 
 
-@pytest.mark.parametrize("values", [None, torch.rand(12)], ids=["hard", "soft"])
-def test_sparse_labels_are_copied_and_pickled(values: Tensor | None) -> None:
-    labels = sparse()._replace(values=values)
+def test_collate_keeps_what_samples_say() -> None:
+    rows = [
+        SparseLabels.from_lists([[3, 1], []], values=[[0.5, 1], []]),
+        SparseLabels.from_lists([[2]]),
+        SparseLabels.from_lists([]),
+    ]
+    batch = mlloss_cuda.collate(rows)
+    assert batch.offsets.tolist() == [0, 2, 2, 3]
+    assert batch.values.tolist() == [0.5, 1, 1]
+    assert not batch.observed_only
+    padded = SparseLabels.from_padded(torch.tensor([[3, -1]], dtype=torch.int32))
+    batch = mlloss_cuda.collate([padded._replace(observed_only=True)] * 2)
+    assert batch.observed_only
+    assert batch.values is None
+    assert batch.indices.dtype == batch.offsets.dtype == torch.int32
+    assert batch.to_dense(4).int().tolist() == [[0, 0, 0, 1]] * 2
+    words = mlloss_cuda.collate([PackedLabels.pack(torch.ones(2, 40).bool())] * 3)
+    assert words.words.shape == (3, 2, 2)
+    assert words.num_labels == 40
+    plain = mlloss_cuda.collate([(torch.ones(2), 3, 0.5, "a")] * 2)
+    assert plain[0].shape == (2, 2)
+    assert plain[1].tolist() == [3, 3]
+    assert plain[3] == ("a", "a")
+
+
+def label_sets() -> list[SparseLabels | PackedLabels]:
+    return [
+        sparse(),
+        sparse()._replace(values=torch.rand(12)),
+        observed(),
+        packed(draw(4, 40) < 0.3),
+        PackedLabels(torch.zeros(2, 3, 2, dtype=torch.int32), 40),
+    ]
+
+
+def assert_same(one: Any, other: Any) -> None:
+    assert type(one) is type(other)
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("labels", label_sets(), ids=lambda labels: type(labels).__name__)
+def test_label_sets_are_copied_pickled_and_mapped(labels: Any) -> None:
     for twin in (pickle.loads(pickle.dumps(labels)), copy.deepcopy(labels), labels.to("cpu")):
-        assert isinstance(twin, SparseLabels)
-        assert torch.equal(twin.indices, labels.indices)
-        assert torch.equal(twin.offsets, labels.offsets)
-        assert (twin.values is None) == (values is None)
+        assert_same(twin, labels)
     file = io.BytesIO()
-    torch.save(labels, file)
+    torch.save({"labels": labels}, file)
     file.seek(0)
-    assert isinstance(torch.load(file), SparseLabels)
+    assert_same(torch.load(file)["labels"], labels)
     leaves, spec = torch.utils._pytree.tree_flatten(labels)
-    assert isinstance(torch.utils._pytree.tree_unflatten(leaves, spec), SparseLabels)
+    assert_same(torch.utils._pytree.tree_unflatten(leaves, spec), labels)
+    moved = labels.to("meta")
+    assert type(moved) is type(labels)
+    assert {part.device.type for part in moved if isinstance(part, Tensor)} == {"meta"}
+    assert [p for p in moved if not isinstance(p, Tensor)] == [
+        p for p in labels if not isinstance(p, Tensor)
+    ]
+
+
+@pytest.mark.parametrize("labels", label_sets(), ids=lambda labels: type(labels).__name__)
+def test_label_sets_are_pinned(labels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `DataLoader(pin_memory=True)` does it, with a copy in the place of pinned memory."""
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda t, *_: pinned.append(t) or t.clone())
+    tensors = [part for part in labels if isinstance(part, Tensor)]
+    for pin in (torch.utils.data._utils.pin_memory.pin_memory, lambda labels: labels.pin_memory()):
+        pinned.clear()
+        assert_same(pin(labels), labels)
+        assert {id(t) for t in pinned} == {id(t) for t in tensors}
+
+
+@pytest.mark.cuda
+def test_data_loader_pins(cuda: torch.device) -> None:
+    for kind in SAMPLES:
+        loader = DataLoader(
+            Rows(kind, "tuple"), batch_size=5, collate_fn=mlloss_cuda.collate, pin_memory=True
+        )
+        for x, labels in loader:
+            parts = labels if isinstance(labels, tuple) else (labels,)
+            assert all(part.is_pinned() for part in parts if isinstance(part, Tensor))
+            there = labels.to(cuda, non_blocking=True)
+            assert mlloss_cuda.zlpr_loss(x.to(cuda, non_blocking=True), there).isfinite()
 
 
 def test_modules_are_copied_and_moved() -> None:
@@ -415,44 +657,81 @@ def test_modules_are_copied_and_moved() -> None:
     )
 
 
-@both_losses
-def test_modules_are_the_functions(loss: str) -> None:
-    x, target, mask = logits(4, 9), draw(4, 9) < 0.3, draw(4, 9, seed=3) < 0.7
-    constants: dict[str, Any] = {"reduction": "sum"}
-    weight = draw(4, 1)
-    if loss == POINTWISE:
-        constants |= {"pos_weight": draw(9), "label_smoothing": 0.2}
-        module: torch.nn.Module = SigmoidCrossEntropyLoss(**constants)
-    else:
-        constants |= {"threshold": 0.4}
-        module = MultilabelCategoricalCrossentropy(**constants)
+@every_loss
+def test_modules_are_the_functions(loss: Loss) -> None:
+    x, target, mask = inputs_of(loss, 4, 9), draw(4, 9) < 0.3, packed(draw(4, 9, seed=3) < 0.7)
+    constants = dict(OWN_OPTIONS[loss])
+    weight = constants.pop("weight", None)
+    module = loss.make_module(**constants)
     torch.testing.assert_close(
         module(x, target, mask=mask, weight=weight),
-        LOSSES[loss](x, target, mask=mask, weight=weight, **constants),
+        loss(x, target, mask=mask, weight=weight, **constants),
     )
+    tensors = {name for name, value in constants.items() if isinstance(value, Tensor)}
+    assert {name for name, _ in module.named_buffers()} == tensors
+    assert module.state_dict() == {}
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    assert torch.equal(twin(x, target), module(x, target))
+
+
+@every_loss
+def test_modules_have_the_constants_of_their_functions(loss: Loss) -> None:
+    """The same names and defaults; mask and weight are data."""
+    function = inspect.signature(loss.function).parameters
+    constants = {name: parameter.default for name, parameter in list(function.items())[2:]}
+    module = inspect.signature(type(loss.make_module())).parameters
+    assert {name: parameter.default for name, parameter in module.items()} == {
+        name: default for name, default in constants.items() if name not in ("mask", "weight")
+    }
+    forward = inspect.signature(type(loss.make_module()).forward).parameters
+    assert list(forward)[2:] == ["target", "mask", "weight"]
+    for name in loss.make_module()._constants():
+        assert f"{name}=" in repr(loss.make_module())
 
 
 WORKER = """
 import sys
 import torch
 import torch.distributed as distributed
-from mlloss_cuda import SparseLabels, sigmoid_cross_entropy, zlpr_loss
+import mlloss_cuda
+from mlloss_cuda import PackedLabels, SparseLabels
+
+class Model(torch.nn.Module):
+    def __init__(self, loss):
+        super().__init__()
+        self.linear, self.loss = torch.nn.Linear(5, 40), loss
+
+    def forward(self, features, labels, mask=None):
+        return self.loss(self.linear(features), labels, mask=mask)
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 torch.manual_seed(0)
-features, labels = torch.randn(8, 5), [[i % 9, (3 * i) % 9] for i in range(8)]
-model = torch.nn.Linear(5, 9)
-parallel = torch.nn.parallel.DistributedDataParallel(model)
+features, ids = torch.randn(8, 5), [[i % 40, (13 * i + 5) % 40] for i in range(8)]
+dense = SparseLabels.from_lists(ids).to_dense(40)
+seen = torch.rand(8, 40) < 0.5
+seen[:, 20:] = ~seen[:, :20]  # as many of each half of the rows
+
+def labels(rows):
+    sparse = SparseLabels.from_lists(ids[rows])
+    listed = [row.nonzero().flatten().tolist() for row in seen[rows]]
+    values = [row[of].float().tolist() for row, of in zip(dense[rows], seen[rows])]
+    observed = SparseLabels.from_lists(listed, values=values, observed_only=True)
+    packed, mask = PackedLabels.pack(dense[rows]), PackedLabels.pack(seen[rows])
+    return [(sparse, None), (sparse, mask), (packed, mask), (observed, None)]
+
 own = slice(4 * rank, 4 * rank + 4)
-for loss in (sigmoid_cross_entropy, zlpr_loss):
-    loss(model(features), SparseLabels.from_lists(labels)).backward()
-    expected = model.weight.grad.clone()
-    model.zero_grad()
-    loss(parallel(features[own]), SparseLabels.from_lists(labels[own])).backward()
-    torch.testing.assert_close(model.weight.grad, expected)
-    model.zero_grad()
-del parallel
+for loss in (mlloss_cuda.sigmoid_cross_entropy, mlloss_cuda.zlpr_loss):
+    model = Model(loss)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    for whole, part in zip(labels(slice(0, 8)), labels(own)):
+        model(features, *whole).backward()
+        expected = model.linear.weight.grad.clone()
+        model.zero_grad()
+        parallel(features[own], *part).backward()
+        torch.testing.assert_close(model.linear.weight.grad, expected)
+        model.zero_grad()
+    del parallel
 distributed.barrier()
 distributed.destroy_process_group()
 """
@@ -488,15 +767,15 @@ def cuda() -> Iterator[torch.device]:
 
 
 @pytest.mark.cuda
-@both_losses
-def test_no_call_waits_for_the_gpu(cuda: torch.device, loss: str) -> None:
+@every_loss
+def test_no_call_waits_for_the_gpu(cuda: torch.device, loss: Loss) -> None:
     for case, (target, options) in compile_cases(loss).items():
-        x = logits(4, 9).detach().to(cuda).requires_grad_()
+        x = inputs_of(loss, 4, 9).detach().to(cuda).requires_grad_()
         target = target.to(cuda)
         options = {k: v.to(cuda) if hasattr(v, "to") else v for k, v in options.items()}
         torch.cuda.set_sync_debug_mode("error")
         try:
-            value = LOSSES[loss](x, target, **options)
+            value = loss(x, target, **options)
             value.sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -504,14 +783,14 @@ def test_no_call_waits_for_the_gpu(cuda: torch.device, loss: str) -> None:
 
 
 @pytest.mark.cuda
-@both_losses
-def test_cuda_graph(cuda: torch.device, loss: str) -> None:
-    x = logits(64, 999).detach().to(cuda).requires_grad_()
+@every_loss
+def test_cuda_graph(cuda: torch.device, loss: Loss) -> None:
+    x = inputs_of(loss, 64, 999).detach().to(cuda).requires_grad_()
     target = sparse(64, 5, 999).to(cuda)
-    mask = (draw(64, 999, seed=3) < 0.7).to(cuda)
+    mask = packed(draw(64, 999, seed=3) < 0.7).to(cuda)
 
     def step() -> tuple[Tensor, Tensor]:
-        value = LOSSES[loss](x, target, mask=mask)
+        value = loss(x, target, mask=mask)
         return value, torch.autograd.grad(value, x)[0]
 
     stream = torch.cuda.Stream()
@@ -524,22 +803,22 @@ def test_cuda_graph(cuda: torch.device, loss: str) -> None:
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        x.copy_(torch.randn_like(x))
+        x.copy_(torch.rand_like(x))
     graph.replay()
     torch.testing.assert_close(captured, step(), rtol=0, atol=0)
 
 
 @pytest.mark.cuda
-@both_losses
-def test_another_stream_than_the_default(cuda: torch.device, loss: str) -> None:
-    x = logits(64, 999).detach().to(cuda)
+@every_loss
+def test_another_stream_than_the_default(cuda: torch.device, loss: Loss) -> None:
+    x = inputs_of(loss, 64, 999).detach().to(cuda)
     target = sparse(64, 5, 999).to(cuda)
-    expected = LOSSES[loss](x, target)
+    expected = loss(x, target)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10_000_000)
         copied = x.clone()  # only there after the sleep, on this stream
-        value = LOSSES[loss](copied, target)
+        value = loss(copied, target)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(value, expected)

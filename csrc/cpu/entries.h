@@ -4,7 +4,6 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -43,7 +42,6 @@ class EntryReader {
   bool start_row(int64_t row) {
     row_ = row;
     next_ = 0;
-    entries_.clear();
     const Labels& target = problem_.target;
     const Labels& mask = problem_.mask;
     if (target.format != Format::kPacked && !targets_.start(target, row, problem_.columns)) {
@@ -52,33 +50,37 @@ class EntryReader {
     if (mask.format == Format::kSparse && !observed_.start(mask, row, problem_.columns)) {
       return false;
     }
-    if (target.format != Format::kObserved) {
-      find_targets_of_observed();
-    } else if (mask.format == Format::kSparse) {
-      // Both are sorted. Of equal entries the target's is taken.
-      std::set_intersection(targets_.begin(), targets_.end(), observed_.begin(), observed_.end(),
-                            std::back_inserter(entries_), is_before);
-    } else {
-      std::copy_if(targets_.begin(), targets_.end(), std::back_inserter(entries_),
-                   [&](const SparseSet::Entry& entry) { return is_set(mask, row, entry.column); });
+    if (target.format == Format::kObserved && mask.data == nullptr) {
+      all_columns_ = targets_.columns();
+      all_values_ = targets_.values();
+      size_ = targets_.size();
+      return true;
     }
+    columns_.clear();
+    values_.clear();
+    if (target.format == Format::kObserved) {
+      select_observed_targets();
+    } else {
+      find_targets_of_observed();
+    }
+    all_columns_ = columns_.data();
+    all_values_ = values_.data();
+    size_ = static_cast<int64_t>(columns_.size());
     return true;
   }
 
   // The next entries of the row, at most kTile; none when all have been seen. Targets are soft.
   Tile<Real> tile() {
-    const size_t count = std::min<size_t>(kTile, entries_.size() - next_);
-    for (size_t i = 0; i < count; ++i) {
-      const SparseSet::Entry& entry = entries_[next_ + i];
-      columns_[i] = entry.column;
-      soft_[i] = entry.value <= 1 ? static_cast<Real>(entry.value)
-                                  : std::numeric_limits<Real>::quiet_NaN();
-    }
-    next_ += count;
     Tile<Real> tile;
-    tile.count = static_cast<int>(count);
-    gather(problem_.logits, problem_.element, row_ * problem_.row_stride, 1, columns_, tile.count,
-           logits_);
+    tile.count = static_cast<int>(std::min<int64_t>(kTile, size_ - next_));
+    columns_of_tile_ = all_columns_ + next_;
+    for (int i = 0; i < tile.count; ++i) {
+      const double value = all_values_ == nullptr ? 1.0 : all_values_[next_ + i];
+      soft_[i] = value <= 1 ? static_cast<Real>(value) : std::numeric_limits<Real>::quiet_NaN();
+    }
+    gather(problem_.logits, problem_.element, row_ * problem_.row_stride, 1, columns_of_tile_,
+           tile.count, logits_);
+    next_ += tile.count;
     tile.logits = logits_;
     tile.labels.kind = TargetKind::kSoft;
     tile.labels.soft = soft_;
@@ -86,38 +88,64 @@ class EntryReader {
   }
 
   // Columns of the last tile.
-  const int64_t* columns() const { return columns_; }
+  const int64_t* columns() const { return columns_of_tile_; }
 
  private:
-  static bool is_before(const SparseSet::Entry& a, const SparseSet::Entry& b) {
-    return a.column < b.column;
+  void add(int64_t column, double value) {
+    columns_.push_back(column);
+    values_.push_back(value);
+  }
+
+  static double value_at(const SparseSet& set, int64_t i) {
+    return set.values() == nullptr ? 1.0 : set.values()[i];
+  }
+
+  // The target lists what may be observed, the mask selects.
+  void select_observed_targets() {
+    const bool has_list = problem_.mask.format == Format::kSparse;
+    int64_t next = 0;  // in the mask's list; both lists are sorted
+    for (int64_t i = 0; i < targets_.size(); ++i) {
+      const int64_t column = targets_.columns()[i];
+      bool is_observed;
+      if (has_list) {
+        while (next < observed_.size() && observed_.columns()[next] < column) ++next;
+        is_observed = next < observed_.size() && observed_.columns()[next] == column;
+      } else {
+        is_observed = is_set(problem_.mask, row_, column);
+      }
+      if (is_observed) add(column, value_at(targets_, i));
+    }
   }
 
   // The mask lists what is observed; what the target does not list there is a negative.
   void find_targets_of_observed() {
-    const Labels& target = problem_.target;
-    const SparseSet::Entry* positive = targets_.begin();
-    for (const SparseSet::Entry& observed : observed_) {
+    int64_t next = 0;  // in the target's list
+    for (int64_t i = 0; i < observed_.size(); ++i) {
+      const int64_t column = observed_.columns()[i];
       double value = 0;
-      if (target.format == Format::kPacked) {
-        value = is_set(target, row_, observed.column) ? 1 : 0;
+      if (problem_.target.format == Format::kPacked) {
+        value = is_set(problem_.target, row_, column) ? 1 : 0;
       } else {
-        while (positive != targets_.end() && is_before(*positive, observed)) ++positive;
-        if (positive != targets_.end() && positive->column == observed.column) {
-          value = positive->value;
+        while (next < targets_.size() && targets_.columns()[next] < column) ++next;
+        if (next < targets_.size() && targets_.columns()[next] == column) {
+          value = value_at(targets_, next);
         }
       }
-      entries_.push_back({observed.column, value});
+      add(column, value);
     }
   }
 
   const Problem& problem_;
   int64_t row_ = 0;
-  size_t next_ = 0;
   SparseSet targets_;
   SparseSet observed_;
-  std::vector<SparseSet::Entry> entries_;
-  int64_t columns_[kTile];
+  std::vector<int64_t> columns_;
+  std::vector<double> values_;
+  // The entries of the row: of `targets_`, or what was put together here.
+  const int64_t* all_columns_ = nullptr;
+  const double* all_values_ = nullptr;  // nullptr = all 1
+  int64_t size_ = 0, next_ = 0;
+  const int64_t* columns_of_tile_ = nullptr;
   alignas(64) Real logits_[kTile];
   alignas(64) Real soft_[kTile];
 };

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "cpu/isa.h"
 
@@ -166,9 +167,7 @@ bool find_entries(const Labels& labels, int64_t row, int64_t* first, int64_t* la
 }
 
 // Invalid values come out above every valid one, so that they win over duplicates; NaN when read.
-double value_of(const Labels& labels, int64_t entry) {
-  double value;
-  load(labels.values, labels.values_element, entry, 1, 1, &value);
+double checked_value(double value) {
   return value >= 0 && value <= 1 ? value : std::numeric_limits<double>::infinity();
 }
 
@@ -183,15 +182,20 @@ bool SparseRow::scan(const Index* indices, const Labels& labels, int64_t first, 
   size_t count = 0;
   int64_t tile = 0;
   bool valid = true;
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t column = indices[i];
-    valid &= column < columns;
-    if (column < begin || column >= end) continue;
-    columns_[count] = column - begin;
-    if (has_values) values_[count] = value_of(labels, i);
-    ++count;
-    is_ordered_ &= (column - begin) / kTile >= tile;
-    tile = (column - begin) / kTile;
+  for (int64_t run_begin = first; run_begin < last; run_begin += kTile) {
+    const int run = static_cast<int>(std::min<int64_t>(kTile, last - run_begin));
+    double values[kTile];
+    if (has_values) load(labels.values, labels.values_element, run_begin, 1, run, values);
+    for (int i = 0; i < run; ++i) {
+      const int64_t column = indices[run_begin + i];
+      valid &= column < columns;
+      if (column < begin || column >= end) continue;
+      columns_[count] = column - begin;
+      if (has_values) values_[count] = checked_value(values[i]);
+      ++count;
+      is_ordered_ &= (column - begin) / kTile >= tile;
+      tile = (column - begin) / kTile;
+    }
   }
   columns_.resize(count);
   if (has_values) values_.resize(count);
@@ -238,27 +242,68 @@ SparseRow::Range SparseRow::next() {
           values_.empty() ? nullptr : values_.data() + first};
 }
 
+template <class Index>
+bool SparseSet::scan(const Index* indices, const Labels& labels, int64_t first, int64_t last,
+                     int64_t columns) {
+  const bool has_values = labels.values != nullptr;
+  columns_.resize(last - first);
+  values_.resize(has_values ? last - first : 0);
+  size_t count = 0;
+  int64_t previous = -1;
+  bool valid = true;
+  for (int64_t begin = first; begin < last; begin += kTile) {
+    const int run = static_cast<int>(std::min<int64_t>(kTile, last - begin));
+    double values[kTile];
+    if (has_values) load(labels.values, labels.values_element, begin, 1, run, values);
+    for (int i = 0; i < run; ++i) {
+      const int64_t column = indices[begin + i];
+      valid &= column < columns;
+      if (column < 0) continue;
+      is_sorted_ &= column > previous;
+      previous = column;
+      columns_[count] = column;
+      if (has_values) values_[count] = checked_value(values[i]);
+      ++count;
+    }
+  }
+  columns_.resize(count);
+  if (has_values) values_.resize(count);
+  return valid;
+}
+
+void SparseSet::sort() {
+  if (values_.empty()) {
+    std::sort(columns_.begin(), columns_.end());
+    columns_.erase(std::unique(columns_.begin(), columns_.end()), columns_.end());
+    return;
+  }
+  std::vector<std::pair<int64_t, double>> entries(columns_.size());
+  for (size_t i = 0; i < entries.size(); ++i) entries[i] = {columns_[i], -values_[i]};
+  // By column; of duplicates the largest value comes first, and stays.
+  std::sort(entries.begin(), entries.end());
+  size_t count = 0;
+  for (size_t i = 0; i < entries.size(); ++i) {
+    if (i > 0 && entries[i].first == entries[i - 1].first) continue;
+    columns_[count] = entries[i].first;
+    values_[count] = -entries[i].second;
+    ++count;
+  }
+  columns_.resize(count);
+  values_.resize(count);
+}
+
 bool SparseSet::start(const Labels& labels, int64_t row, int64_t columns) {
-  entries_.clear();
+  columns_.clear();
+  values_.clear();
+  is_sorted_ = true;
   int64_t first, last;
   if (!find_entries(labels, row, &first, &last)) return false;
-  bool valid = true, sorted = true;
-  for (int64_t i = first; i < last; ++i) {
-    const int64_t column = index_at(labels.data, labels.element, i);
-    valid &= column < columns;
-    if (column < 0) continue;
-    sorted &= entries_.empty() || entries_.back().column < column;
-    entries_.push_back({column, labels.values == nullptr ? 1.0 : value_of(labels, i)});
-  }
-  if (!valid) return false;
-  if (sorted) return true;
-  // Of duplicates the largest value comes first, and stays.
-  std::sort(entries_.begin(), entries_.end(), [](const Entry& a, const Entry& b) {
-    return a.column != b.column ? a.column < b.column : a.value > b.value;
-  });
-  const auto same = [](const Entry& a, const Entry& b) { return a.column == b.column; };
-  entries_.erase(std::unique(entries_.begin(), entries_.end(), same), entries_.end());
-  return true;
+  const bool valid =
+      labels.element == Element::kInt32
+          ? scan(static_cast<const int32_t*>(labels.data), labels, first, last, columns)
+          : scan(static_cast<const int64_t*>(labels.data), labels, first, last, columns);
+  if (valid && !is_sorted_) sort();
+  return valid;
 }
 
 template <class Real>

@@ -71,19 +71,23 @@ class SparseRow {
 // The entries of one sparse row as a set: sorted, without duplicates.
 class SparseSet {
  public:
-  struct Entry {
-    int64_t column;
-    double value;  // infinity where invalid
-  };
-
   // Returns false if the row has an index beyond `columns` or invalid offsets.
   bool start(const Labels& labels, int64_t row, int64_t columns);
 
-  const Entry* begin() const { return entries_.data(); }
-  const Entry* end() const { return entries_.data() + entries_.size(); }
+  int64_t size() const { return static_cast<int64_t>(columns_.size()); }
+  const int64_t* columns() const { return columns_.data(); }
+  // Of duplicates the largest; infinity where invalid; nullptr = all 1.
+  const double* values() const { return values_.empty() ? nullptr : values_.data(); }
 
  private:
-  std::vector<Entry> entries_;
+  template <class Index>
+  bool scan(const Index* indices, const Labels& labels, int64_t first, int64_t last,
+            int64_t columns);
+  void sort();
+
+  std::vector<int64_t> columns_;
+  std::vector<double> values_;
+  bool is_sorted_ = true;
 };
 
 // Whether a row's column is set in dense bytes, in packed labels, or in no labels at all.

@@ -159,6 +159,16 @@ MLLOSS_INLINE void fill_factors(const PointwiseTile<Real>& tile, Real* factors) 
   for (int i = 0; i < tile.count; ++i) factors[i] = observed[i] != 0 ? factors[i] : Real(0);
 }
 
+// Hard targets as numbers as wide as the logits: a loop over bytes would take 64 elements at a
+// time, which with this much arithmetic are more than there are registers for.
+template <TargetKind kKind, class Real>
+MLLOSS_INLINE void fill_positives(const PointwiseTile<Real>& tile, Real* positives) {
+  if constexpr (kKind != TargetKind::kHard) return;
+  const uint8_t* hard = tile.labels.hard;
+#pragma omp simd
+  for (int i = 0; i < tile.count; ++i) positives[i] = hard[i] != 0 ? Real(1) : Real(0);
+}
+
 template <class Loss, class Real>
 MLLOSS_INLINE typename Loss::Parameters parameters_at(const PointwiseTile<Real>& tile, int i) {
   typename Loss::Parameters parameters;
@@ -168,12 +178,14 @@ MLLOSS_INLINE typename Loss::Parameters parameters_at(const PointwiseTile<Real>&
 
 // Weighted losses of a tile, one by one, written to `losses` [count].
 template <TargetKind kKind, class Loss, class Real>
-MLLOSS_INLINE void weighted_losses(const Loss& loss, const PointwiseTile<Real>& tile,
+MLLOSS_INLINE void weighted_losses(const Loss& shared_loss, const PointwiseTile<Real>& tile,
                                    Real* losses) {
   alignas(64) Real factors[kTile];
+  alignas(64) Real positives[kTile];
   fill_factors(tile, factors);
-  const uint8_t* hard = tile.labels.hard;
+  fill_positives<kKind>(tile, positives);
   const Real* soft = tile.labels.soft;
+  const Loss loss = shared_loss;  // of its own: a store to `losses` cannot change it
 #pragma omp simd
   for (int i = 0; i < tile.count; ++i) {
     const auto parameters = parameters_at<Loss>(tile, i);
@@ -181,7 +193,7 @@ MLLOSS_INLINE void weighted_losses(const Loss& loss, const PointwiseTile<Real>& 
     if constexpr (kKind == TargetKind::kSoft) {
       value = loss.soft_loss(tile.logits[i], soft[i], parameters);
     } else {
-      const bool positive = kKind == TargetKind::kHard && hard[i] != 0;
+      const bool positive = kKind == TargetKind::kHard && positives[i] != 0;
       value = loss.loss(tile.logits[i], positive, parameters);
     }
     losses[i] = factors[i] == 0 ? Real(0) : factors[i] * value;
@@ -190,12 +202,14 @@ MLLOSS_INLINE void weighted_losses(const Loss& loss, const PointwiseTile<Real>& 
 
 // scale * mask * weight * dL/dx of a tile, written to `gradients` [count].
 template <TargetKind kKind, class Loss, class Real>
-MLLOSS_INLINE void weighted_gradients(const Loss& loss, const PointwiseTile<Real>& tile, Real scale,
-                                      Real* gradients) {
+MLLOSS_INLINE void weighted_gradients(const Loss& shared_loss, const PointwiseTile<Real>& tile,
+                                      Real scale, Real* gradients) {
   alignas(64) Real factors[kTile];
+  alignas(64) Real positives[kTile];
   fill_factors(tile, factors);
-  const uint8_t* hard = tile.labels.hard;
+  fill_positives<kKind>(tile, positives);
   const Real* soft = tile.labels.soft;
+  const Loss loss = shared_loss;  // of its own: a store to `gradients` cannot change it
 #pragma omp simd
   for (int i = 0; i < tile.count; ++i) {
     const auto parameters = parameters_at<Loss>(tile, i);
@@ -203,7 +217,7 @@ MLLOSS_INLINE void weighted_gradients(const Loss& loss, const PointwiseTile<Real
     if constexpr (kKind == TargetKind::kSoft) {
       value = loss.soft_gradient(tile.logits[i], soft[i], parameters);
     } else {
-      const bool positive = kKind == TargetKind::kHard && hard[i] != 0;
+      const bool positive = kKind == TargetKind::kHard && positives[i] != 0;
       value = loss.gradient(tile.logits[i], positive, parameters);
     }
     gradients[i] = factors[i] == 0 ? Real(0) : scale * factors[i] * value;
@@ -269,6 +283,16 @@ MLLOSS_INLINE auto dispatch_kind(TargetKind kind, const Run& run) {
   return run(KindConstant<TargetKind::kNone>{});
 }
 
+// Calls run(loss) with the cheapest form of a loss, if it has several.
+template <class Loss, class Run>
+MLLOSS_INLINE void specialize(const Loss& loss, const Run& run) {
+  if constexpr (requires { &Loss::template specialize<Run>; }) {
+    loss.specialize(run);
+  } else {
+    run(loss);
+  }
+}
+
 // The same with hard targets and mask as they are given, as bytes or bits: run(kind, hard,
 // observed).
 template <class Real, class Run>
@@ -299,7 +323,9 @@ MLLOSS_INLINE double forward_tile(const Loss& loss, const PointwiseTile<Real>& t
   alignas(64) Real own[kTile];
   Real* out = losses == nullptr ? own : losses;
   dispatch_kind(tile.labels.kind, [&](auto kind) MLLOSS_INLINE_LAMBDA {
-    weighted_losses<decltype(kind)::value>(loss, tile, out);
+    specialize(loss, [&](const auto& own) MLLOSS_INLINE_LAMBDA {
+      weighted_losses<decltype(kind)::value>(own, tile, out);
+    });
   });
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
@@ -320,7 +346,9 @@ MLLOSS_INLINE void backward_tile(const Loss& loss, const PointwiseTile<Real>& ti
                        : tile_gradients<kKind, false>(tile, hard, observed, scale, gradients);
           }
         }
-        weighted_gradients<kKind>(loss, tile, scale, gradients);
+        specialize(loss, [&](const auto& own) MLLOSS_INLINE_LAMBDA {
+          weighted_gradients<kKind>(own, tile, scale, gradients);
+        });
       });
 }
 

@@ -159,7 +159,7 @@ __device__ __forceinline__ double smoothed_target(const PointwiseProblem& proble
 
 // `losses` [N, C] is 0 before the launch, or nullptr.
 template <class Loss>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename Loss::Real>)
     pointwise_entries_forward(const PointwiseProblem problem, const Loss loss,
                               typename Loss::Real* __restrict__ losses,
                               PartialSum* __restrict__ partial) {  // [gridDim.x]
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // `grad_input` [N, C] is 0 before the launch.
 template <class Loss>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename Loss::Real>)
     pointwise_entries_backward(const PointwiseProblem problem, const Loss loss,
                                const BackwardInput input, void* __restrict__ grad_input) {
   using Real = typename Loss::Real;

@@ -64,7 +64,7 @@ struct Smoothing {
 
 // Partial sums of S and of the denominator, one per block; with `losses` the terms are written too.
 template <class Loss, class Scalar, Mode kMode>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
     pointwise_forward(const PointwiseProblem problem, const Loss loss, const Units units,
                       typename Loss::Real* __restrict__ losses,  // [N, C] or nullptr
                       PartialSum* __restrict__ partial) {        // [gridDim.x]
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 }
 
 template <class Loss, class Scalar, Mode kMode>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
     pointwise_backward(const PointwiseProblem problem, const Loss loss, const Units units,
                        const BackwardInput input, Scalar* __restrict__ grad_input) {  // [N, C]
   using Real = typename Loss::Real;

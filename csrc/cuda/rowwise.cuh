@@ -44,7 +44,7 @@ __device__ __forceinline__ ScaledSum<Real> shuffle_sum(ScaledSum<Real> sum, int 
 
 // The sums of each unit, one per segment of a row.
 template <class Scalar, bool kSoft>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
     rowwise_sums(const RowwiseProblem problem, const Units units,
                  RowSums<typename Arithmetic<Scalar>::Real>* __restrict__ sums) {  // [units]
   using Real = typename Arithmetic<Scalar>::Real;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // The sums of each row of which only the listed labels are observed.
 template <class Real>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Real>)
     rowwise_entries_sums(const RowwiseProblem problem, RowSums<Real>* __restrict__ sums) {  // [N]
   MLLOSS_SHARED_ARRAY(ScaledSum<Real>, warps, kWarps);
   EntryRow<Real> entries(problem);
@@ -141,7 +141,7 @@ __device__ __forceinline__ double row_threshold(const RowwiseProblem& problem, i
 // One thread per row: combines its segments in order, takes the loss from the sums, and adds it to
 // the partial sum of the block.
 template <class Loss, class Real>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Real>)
     rowwise_finish(const RowwiseProblem problem, const Units units,
                    const RowSums<Real>* __restrict__ sums,        // [N, segments]
                    RowStatistics<Real>* __restrict__ statistics,  // [N]
@@ -216,7 +216,7 @@ struct RowGradient {
 };
 
 template <class Loss, class Scalar, bool kSoft>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
     rowwise_backward(const RowwiseProblem problem, const Units units, const BackwardInput input,
                      Scalar* __restrict__ grad_input,                                   // [N, C]
                      typename Arithmetic<Scalar>::Real* __restrict__ grad_threshold) {  // [N]
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
 
 // The same where only the listed labels are observed; `grad_input` [N, C] is 0 before the launch.
 template <class Loss, class Real>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Real>)
     rowwise_entries_backward(const RowwiseProblem problem, const BackwardInput input,
                              void* __restrict__ grad_input,
                              Real* __restrict__ grad_threshold) {  // [N]

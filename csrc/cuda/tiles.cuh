@@ -19,8 +19,10 @@ constexpr int kTileWidth = kThreads * kPerThread;
 constexpr int kMaxTilesPerSegment = 16;
 constexpr int64_t kWantedUnits = 4096;
 constexpr int64_t kMaxSegmentsPerRow = 64;
-// Asking for no more than this leaves every thread up to 128 registers, so that nothing is spilled.
-constexpr int kBlocksPerMultiprocessor = 2;
+// Asking for no more than this leaves every thread up to 128 registers (fp64: 255), so that nothing
+// is spilled.
+template <class Real>
+constexpr int kBlocksPerMultiprocessor = sizeof(Real) == 8 ? 1 : 2;
 
 struct Units {
   int64_t width;    // positions in a segment

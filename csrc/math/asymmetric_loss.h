@@ -16,6 +16,7 @@
 // which does not, and 1 - pm = q + clip.
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include "math/power.h"
 #include "math/scalar.h"
@@ -23,59 +24,83 @@
 
 namespace mlloss {
 
-template <class Real_>
+// kFraction = false: both powers are whole.
+template <class Real_, bool kFraction = true>
 struct AsymmetricLoss {
   using Real = Real_;
   static constexpr int kParameters = 0;
   using Parameters = ElementParameters<Real, kParameters>;
   static constexpr bool kIsSoftplus = false;
 
-  Power<Real> negative_power = {};
-  Power<Real> positive_power = {};
+  Power<Real, kFraction> negative_power = {};
+  Power<Real, kFraction> positive_power = {};
+  // What the gradient has in the place of the powers' exponents: 0 with detach_focal.
+  Real negative_slope = 0;
+  Real positive_slope = 0;
   Real clip = 0;
   Real rest = 1;  // 1 - clip
   // logit(clip) as a sum of two numbers: x minus it keeps its digits however small it is.
-  Real logit_high = 0;
+  Real logit_high = kNoClip;
   Real logit_low = 0;
-  bool detach_focal = false;
 
   static AsymmetricLoss from(const PointwiseProblem& problem) {
     const double clip = problem.numbers[2];
-    const double logit = clip > 0 ? std::log(clip) - std::log1p(-clip) : 0;
+    const double logit = clip > 0 ? std::log(clip) - std::log1p(-clip) : kNoClip;
     const Real high = static_cast<Real>(logit);
-    return {Power<Real>::of(static_cast<Real>(problem.numbers[0])),
-            Power<Real>::of(static_cast<Real>(problem.numbers[1])),
+    const Real focal = problem.numbers[3] != 0 ? Real(0) : Real(1);
+    const auto negative_power = Power<Real, kFraction>::of(static_cast<Real>(problem.numbers[0]));
+    const auto positive_power = Power<Real, kFraction>::of(static_cast<Real>(problem.numbers[1]));
+    return {negative_power,
+            positive_power,
+            focal * negative_power.exponent,
+            focal * positive_power.exponent,
             static_cast<Real>(clip),
             static_cast<Real>(1 - clip),
             high,
-            static_cast<Real>(logit - high),
-            problem.numbers[3] != 0};
+            static_cast<Real>(logit - high)};
+  }
+
+  // Calls run(loss) with the cheapest form of this loss: the CPU loops run on that.
+  template <class Run>
+  MLLOSS_MATH auto specialize(const Run& run) const {
+    using Whole = AsymmetricLoss<Real, false>;
+    if (negative_power.fraction != 0 || positive_power.fraction != 0) return run(*this);
+    return run(Whole{negative_power.without_fraction(), positive_power.without_fraction(),
+                     negative_slope, positive_slope, clip, rest, logit_high, logit_low});
   }
 
   MLLOSS_MATH Real loss(Real x, bool positive, const Parameters&) const {
     const Sides sides = sides_of(x);
-    return positive ? positive_modulation(sides) * sides.falling
-                    : negative_modulation(sides) * sides.negative;
+    const Real on_positive = positive_modulation(sides) * sides.falling;
+    const Real on_negative = negative_modulation(sides) * sides.negative;
+    return positive ? on_positive : on_negative;
   }
 
   MLLOSS_MATH Real gradient(Real x, bool positive, const Parameters&) const {
     const Sides sides = sides_of(x);
-    return positive ? positive_gradient(sides) : negative_gradient(sides);
+    const Real on_positive = positive_gradient(sides), on_negative = negative_gradient(sides);
+    return positive ? on_positive : on_negative;
   }
 
   MLLOSS_MATH Real soft_loss(Real x, Real y, const Parameters&) const {
     const Sides sides = sides_of(x);
-    return (y == 0 ? Real(0) : y * positive_modulation(sides) * sides.falling) +
-           (y == 1 ? Real(0) : (1 - y) * negative_modulation(sides) * sides.negative);
+    const Real on_positive = y * positive_modulation(sides) * sides.falling;
+    const Real on_negative = (1 - y) * negative_modulation(sides) * sides.negative;
+    return (y == 0 ? Real(0) : on_positive) + (y == 1 ? Real(0) : on_negative);
   }
 
   MLLOSS_MATH Real soft_gradient(Real x, Real y, const Parameters&) const {
     const Sides sides = sides_of(x);
-    return (y == 0 ? Real(0) : y * positive_gradient(sides)) +
-           (y == 1 ? Real(0) : (1 - y) * negative_gradient(sides));
+    const Real on_positive = y * positive_gradient(sides);
+    const Real on_negative = (1 - y) * negative_gradient(sides);
+    return (y == 0 ? Real(0) : on_positive) + (y == 1 ? Real(0) : on_negative);
   }
 
  private:
+  // In the place of logit(0): below every finite logit, but finite, as -inf minus it has to be
+  // -inf.
+  static constexpr Real kNoClip = Real(-3e38f);
+
   struct Sides {
     SigmoidPair<Real> sigmoid;
     Real rising;    // softplus(x) = -log q
@@ -91,48 +116,39 @@ struct AsymmetricLoss {
     sides.sigmoid = sigmoid_pair(x, e);
     sides.rising = positive_part(x) + logarithm;
     sides.falling = positive_part(-x) + logarithm;
-    if (clip == 0) {
-      sides.pm = sides.sigmoid.p;
-      sides.negative = sides.rising;
-    } else {
-      const Real d = (x - logit_high) - logit_low;
-      sides.pm = sides.sigmoid.p * (rest * -expm1_nonpositive(d <= 0 ? Real(0) : -d));
-      // As log(1 + pm / (1 - pm)), which keeps its digits for small and for large pm.
-      sides.negative = log1p_nonnegative(sides.pm / (sides.sigmoid.q + clip));
-    }
+    const Real d = (x - logit_high) - logit_low;
+    sides.pm = sides.sigmoid.p * (rest * -expm1_nonpositive(d <= 0 ? Real(0) : -d));
+    // -log(1 - pm) as log(1 + pm / (1 - pm)), which keeps its digits for small and for large pm.
+    const Real ratio = sides.pm / (sides.sigmoid.q + clip);
+    const Real small = log1p_nonnegative(ratio);
+    sides.negative = ratio > Real(1e30f) ? sides.rising : small;  // without clip, pm / q = e^x
     return sides;
   }
 
   MLLOSS_MATH Real positive_modulation(const Sides& sides) const {
-    return positive_power(sides.sigmoid.q, sides.rising);
+    return positive_power(sides.sigmoid.q, [&] { return sides.rising; });
   }
 
   MLLOSS_MATH Real negative_modulation(const Sides& sides) const {
-    return negative_power(sides.pm, clip == 0 ? sides.falling : -log_unit(sides.pm));
+    return negative_power(sides.pm, [&] { return -log_unit(sides.pm); });
   }
 
   MLLOSS_MATH Real positive_gradient(const Sides& sides) const {
     const SigmoidPair<Real> sigmoid = sides.sigmoid;
-    const Real modulation = positive_modulation(sides);
     // p softplus(-x) -> 0 where softplus(-x) is infinite.
-    const Real tail = detach_focal || sigmoid.p == 0
-                          ? Real(0)
-                          : positive_power.exponent * sigmoid.p * sides.falling;
-    return -modulation * (sigmoid.q + tail);
+    const Real product = positive_slope * sigmoid.p * sides.falling;
+    const Real tail = sigmoid.p == 0 ? Real(0) : product;
+    return -positive_modulation(sides) * (sigmoid.q + tail);
   }
 
   MLLOSS_MATH Real negative_gradient(const Sides& sides) const {
     const SigmoidPair<Real> sigmoid = sides.sigmoid;
-    const Real modulation = negative_modulation(sides);
-    if (clip == 0) {
-      const Real tail = detach_focal || sigmoid.q == 0
-                            ? Real(0)
-                            : negative_power.exponent * sigmoid.q * sides.negative;
-      return modulation * (sigmoid.p + tail);
-    }
-    const Real focal =
-        detach_focal ? Real(0) : negative_power.exponent * (sides.negative / sides.pm);
-    const Real value = modulation * (focal + Real(1) / (sigmoid.q + clip)) * sigmoid.p * sigmoid.q;
+    const Real product = negative_slope * (sides.negative / sides.pm) * sigmoid.p * sigmoid.q;
+    const Real tail = sigmoid.q == 0 ? Real(0) : product;
+    // q / (1 - pm), which is 1 without clip, also where q is 0.
+    constexpr Real kTiny = std::numeric_limits<Real>::min();
+    const Real share = (sigmoid.q + kTiny) / (sigmoid.q + (clip + kTiny));
+    const Real value = negative_modulation(sides) * (tail + sigmoid.p * share);
     return sides.pm == 0 ? Real(0) : value;
   }
 };

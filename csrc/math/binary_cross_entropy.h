@@ -33,11 +33,13 @@ struct BinaryCrossEntropy {
   }
 
   MLLOSS_MATH Real loss(Real x, bool positive, const Parameters& parameters) const {
-    return positive ? parameters.value[0] * positive_loss(x) : negative_loss(x);
+    const Real value = limited(x, -log_of_side(x, !positive));
+    return positive ? parameters.value[0] * value : value;
   }
 
   MLLOSS_MATH Real gradient(Real x, bool positive, const Parameters& parameters) const {
-    return positive ? -parameters.value[0] * positive_slope(x) : negative_slope(x);
+    const Real value = slope(x, positive ? x : 1 - x);
+    return positive ? -parameters.value[0] * value : value;
   }
 
   MLLOSS_MATH Real soft_loss(Real x, Real y, const Parameters& parameters) const {

@@ -7,25 +7,36 @@ namespace mlloss {
 // base^exponent = base^whole * base^fraction. The whole part, up to 7, is multiplied out, which is
 // exact to a few roundings and cheap for the usual 1, 2 and 4. The rest goes through the logarithm,
 // whose error counts in proportion to its size: keeping that exponent small keeps the digits.
-template <class Real>
+//
+// Without branches, so that loops vectorise. kFraction = false is for exponents that are known to
+// be whole.
+template <class Real, bool kFraction>
 struct Power {
-  Real exponent;
-  Real fraction;
-  int whole;
+  Real exponent = 0;
+  Real fraction = 0;
+  // The bits of the whole part, each 0 or 1.
+  Real ones = 0, twos = 0, fours = 0;
 
   MLLOSS_MATH static Power of(Real exponent) {
     const int whole = exponent < Real(7) ? static_cast<int>(exponent) : 7;
-    return {exponent, exponent - static_cast<Real>(whole), whole};
+    return {exponent, exponent - static_cast<Real>(whole), static_cast<Real>(whole & 1),
+            static_cast<Real>(whole >> 1 & 1), static_cast<Real>(whole >> 2 & 1)};
   }
 
-  // `minus_log` is -log(base); base = 0 may come with infinity. 0^0 is 1.
-  MLLOSS_MATH Real operator()(Real base, Real minus_log) const {
+  Power<Real, false> without_fraction() const { return {exponent, Real(0), ones, twos, fours}; }
+
+  // `minus_log` gives -log(base), and is called only where there may be a fraction. It may be
+  // infinite for base = 0. 0^0 is 1.
+  template <class MinusLog>
+  MLLOSS_MATH Real operator()(Real base, const MinusLog& minus_log) const {
     const Real square = base * base;
-    Real result = (whole & 1) != 0 ? base : Real(1);
-    result *= (whole & 2) != 0 ? square : Real(1);
-    result *= (whole & 4) != 0 ? square * square : Real(1);
-    // NaN stays NaN: a fraction of NaN is not 0.
-    return fraction == 0 ? result : result * exp_nonpositive(-(fraction * minus_log));
+    const Real whole = (ones * base + (1 - ones)) * (twos * square + (1 - twos)) *
+                       (fours * (square * square) + (1 - fours));
+    if constexpr (!kFraction) return whole;
+    // Finite, as 0 times it has to be 0.
+    constexpr Real kMost = 1e30f;
+    const Real logarithm = minus_log();
+    return whole * exp_nonpositive(-(fraction * (logarithm > kMost ? kMost : logarithm)));
   }
 };
 

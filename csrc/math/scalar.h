@@ -177,6 +177,26 @@ MLLOSS_MATH Real absolute(Real x) {
   return std::fabs(x);
 }
 
+// log(x), or log(1 - x) for the `complement`, for 0 <= x <= 1 (or NaN).
+MLLOSS_MATH float log_of_side(float x, bool complement) {
+#if MLLOSS_DEVICE_MATH
+  return complement ? log1pf(-x) : logf(x);
+#else
+  // One logarithm for both: that of u plus what rounding u has lost.
+  const float rest = 1.0f - x;
+  const float lost = complement ? (1.0f - rest) - x : x * 0;
+  const float u = complement ? rest : x;
+  const bool subnormal = u < 1.17549435e-38f;
+  const float logarithm = log_of_sum(subnormal ? u * 16777216.0f : u, lost);
+  const float value = subnormal ? logarithm - 16.6355323f : logarithm;
+  return u == 0 ? -kInfinity<float> : value;
+#endif
+}
+
+MLLOSS_MATH double log_of_side(double x, bool complement) {
+  return complement ? std::log1p(-x) : std::log(x);
+}
+
 // max(x, 0); NaN stays NaN, so that a loss with a NaN logit is NaN.
 template <class Real>
 MLLOSS_MATH Real positive_part(Real x) {
