@@ -17,12 +17,13 @@ rows past the last label.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -298,7 +299,7 @@ _BACKENDS = {True: ("reference", "cpu", "emulated", "cuda"), False: ("reference"
 
 
 def everywhere(name: str, rows: Sequence[tuple[Any, ...]]) -> pytest.MarkDecorator:
-    """`rows` of arguments, a loss first, each on each backend on which the loss differs."""
+    """`rows` of arguments, a loss or case first, each on each backend on which it differs."""
     return pytest.mark.parametrize(
         (*name.split(), "backend"),
         [
@@ -340,13 +341,15 @@ def covering(columns: Mapping[str, Sequence[str]], strength: int = 2) -> Iterato
         for levels in itertools.product(*(columns[name] for name in group))
     }
 
+    def place(choice: tuple[str, str]) -> int:
+        return names.index(choice[0])
+
     def gain(row: dict[str, str], name: str, level: str) -> int:
         """How many combinations `level` completes."""
-        trial = row | {name: level}
-        known = [(other, trial[other]) for other in names if other in trial]
+        known = [(other, row[other]) for other in names if other in row]
         return sum(
-            combination in wanted and (name, level) in combination
-            for combination in itertools.combinations(known, strength)
+            tuple(sorted((*others, (name, level)), key=place)) in wanted
+            for others in itertools.combinations(known, strength - 1)
         )
 
     while wanted:
@@ -535,12 +538,19 @@ def plain_columns(loss: Loss) -> dict[str, tuple[str, ...]]:
     return {name: PLAIN[name] for name in PLAIN if name in columns_of(loss)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     loss: Loss
-    levels: dict[str, str] = field(hash=False)
+    levels: dict[str, str]
+
+    def __str__(self) -> str:
+        return self.name
 
     @property
+    def native(self) -> bool:
+        return self.loss.native
+
+    @functools.cached_property
     def name(self) -> str:
         usual = ("none", "contiguous", "default", "0", "logits")
         told = [
@@ -561,16 +571,15 @@ def _triples(loss: Loss) -> list[Case]:
     return [Case(loss, FIXED | usual | levels) for levels in rows]
 
 
-NATIVE_CASES = list(
+CASES = list(
     {
         case.name: case
         for case in [
-            *(case for loss in NATIVE for case in _pairs(loss)),
+            *(case for loss in LOSSES for case in _pairs(loss)),
             *(case for loss in (SIGMOID, ZLPR) for case in _triples(loss)),
         ]
     }.values()
 )
-COMPOSED_CASES = [case for loss in COMPOSED for case in _pairs(loss)]
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -596,10 +605,11 @@ class Problem:
         return threshold if isinstance(threshold, Tensor) and threshold.requires_grad else None
 
     def to(self, device: torch.device) -> Problem:
+        if device == self.input.device:
+            return self
+
         def move(value: Any) -> Any:
             if isinstance(value, Tensor):
-                if value.device == device:
-                    return value
                 return moved(value, device).requires_grad_(value.requires_grad)
             return value.to(device) if hasattr(value, "to") else value
 
@@ -619,6 +629,7 @@ class Problem:
         gradients = torch.autograd.grad(loss, inputs, self.grad_output)
         return loss.detach(), gradients[0], gradients[1] if self.threshold is not None else None
 
+    @functools.cached_property
     def expected(self) -> oracle.Expected:
         return self.loss.expected(**self.truth)
 
@@ -712,6 +723,7 @@ class _Draw:
         return self.weights(*shape) + 1
 
 
+@functools.lru_cache(maxsize=8)  # for one backend after the other
 def build(case: Case) -> Problem:
     levels, draw, loss = case.levels, _Draw(case.name), case.loss
     columns = int(levels["labels"])

@@ -140,7 +140,9 @@ def test_gradcheck(backend: Backend, form: str, loss: Loss, options: dict[str, A
     x = logits(backend, loss=loss)
     if not options.get("from_logits", True):
         x = torch.sigmoid(x).detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: loss(x, target, **constants), x)
+    # Along random directions where every call takes long.
+    fast = backend.name == "emulated"
+    assert torch.autograd.gradcheck(lambda x: loss(x, target, **constants), x, fast_mode=fast)
 
 
 @pytest.mark.parametrize("case", list(THRESHOLDS))

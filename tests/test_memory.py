@@ -242,23 +242,16 @@ def test_more_labels_than_32_bits_count(
 # ---- What takes time in proportion to the entries alone ------------------------------------------
 
 
-@pytest.fixture
-def huge(untouched_memory: Callable[[int, torch.dtype], Tensor]) -> Tensor:
-    """Logits as large as address space allows, of which no page exists."""
-    rows, columns = 1 << 12, FAR
-    return untouched_memory(rows * columns, torch.bfloat16).view(rows, columns)  # 16 TiB
-
-
 @pytest.mark.parametrize("name", ["cpu", EMULATED])
 @pytest.mark.parametrize("mask_form", ["none", "sparse", "rows", "labels"])
 @native_losses
 def test_observed_labels_read_nothing_else(
-    huge: Tensor, loss: Loss, mask_form: str, name: str
+    untouched_memory: Callable[[int, torch.dtype], Tensor], loss: Loss, mask_form: str, name: str
 ) -> None:
-    """Reading the matrix would take an hour; a temporary of its size would not fit."""
+    """Reading the matrix, 16 TiB, would take an hour; a temporary of its size would not fit."""
     generator = torch.Generator().manual_seed(0)
-    huge = huge[:24] if name == "emulated" else huge
-    rows, width = huge.shape[0], 3
+    rows, width = 1 << 12 if name == "cpu" else 24, 3
+    huge = untouched_memory(rows * FAR, torch.bfloat16).view(rows, FAR)
     ids = torch.randint(FAR, (rows, width), generator=generator)
     ids[7], ids[8, 1] = -1, -1
     few = loss.input_from(torch.rand(rows, width, generator=generator) * 8 - 4).bfloat16()

@@ -394,9 +394,10 @@ def test_many_short_rows(
     observed = draw_labels(rows, columns, share=0.7, seed=2)
     check(backend, loss, x, y, target=target)
     check(backend, loss, x, y, target=target, mask=observed, observed=observed, reduction="none")
-    for mask in (sparse(observed), packed(observed)):
-        check(backend, loss, x, y, target=target, mask=mask, observed=observed)
-    check(backend, loss, x, y, target=observed_labels(y, observed), observed=observed)
+    mask = sparse(observed) if target_kind == "packed" else packed(observed)
+    check(backend, loss, x, y, target=target, mask=mask, observed=observed)
+    if target_kind == "sparse":
+        check(backend, loss, x, y, target=observed_labels(y, observed), observed=observed)
 
 
 LONG = [
@@ -537,7 +538,7 @@ half_dtypes = pytest.mark.parametrize(
 
 
 @half_dtypes
-@native_losses
+@two_losses
 def test_every_half_number_is_read_right(backend: Backend, loss: Loss, dtype: torch.dtype) -> None:
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
     x = x.view(64, 1024)
@@ -714,6 +715,18 @@ def test_infinite_logit_on_its_wrong_side_costs_infinity(
             assert (losses == INF).sum() == 1
             assert losses[1].isinf().any()
             assert gradient[0].isfinite().all()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, torch.tensor(0.0), torch.tensor(1.0)], ids=str)
+def test_side_that_alpha_switches_off_costs_nothing(backend: Backend, alpha: Any) -> None:
+    """Also where its cross-entropy is infinite."""
+    label = int(alpha == 0)
+    x = torch.tensor([[-INF if label else INF, 3.0, -2.0]])
+    y = torch.full((1, 3), label)
+    for target in (y, y.float(), packed(y == 1), observed_labels(y, y >= 0)):
+        value, gradient = run(backend, FOCAL, x, target, alpha=alpha, reduction="none")
+        assert not value.any()
+        assert not gradient.any()
 
 
 NAN_BITS = {
@@ -1016,7 +1029,7 @@ def test_debug_checks(backend: Backend, loss: Loss) -> None:
 
 @native_losses
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("target_kind", ["bool", "soft", "sparse", "packed", "observed"])
+@pytest.mark.parametrize("target_kind", ["soft", "sparse", "packed", "observed"])
 def test_same_call_gives_the_same_bits(
     backend: Backend, loss: Loss, dtype: torch.dtype, target_kind: str
 ) -> None:
@@ -1026,7 +1039,7 @@ def test_same_call_gives_the_same_bits(
     if target_kind == "soft":
         target *= torch.rand(y.shape)
     first = run(backend, loss, x, target, mask=mask)
-    for _ in range(3):
+    for _ in range(2):
         again = run(backend, loss, x, target, mask=mask)
         assert torch.equal(first[0], again[0])
         assert torch.equal(first[1], again[1])
@@ -1102,7 +1115,8 @@ def test_mean_is_torchs(backend: Backend) -> None:
 
 
 def test_mean_of_probabilities_is_torchs(backend: Backend) -> None:
-    x, y = torch.rand(6, 11), torch.rand(6, 11)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 6, 11, generator=generator)
     x[0, :2], y[0, :2] = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     exact = x.double().requires_grad_()
     for reduction in ("mean", "sum", "none"):
@@ -1110,8 +1124,8 @@ def test_mean_of_probabilities_is_torchs(backend: Backend) -> None:
         (slope,) = torch.autograd.grad(expected.sum() * 1.75, exact)
         value, gradient = run(backend, BINARY, x, y, reduction=reduction)
         np.testing.assert_allclose(value.double(), expected.detach(), rtol=1e-5)
-        # torch's is p - y over p (1 - p), a difference that keeps few digits in fp32 alone.
-        np.testing.assert_allclose(gradient.double(), slope, rtol=1e-5, atol=1e-7)
+        # A difference of two terms, of which few digits are left where p is close to y.
+        np.testing.assert_allclose(gradient.double(), slope, rtol=1e-5, atol=1e-5)
 
 
 # ---- Probabilities -------------------------------------------------------------------------------
@@ -1167,7 +1181,7 @@ def test_probabilities_are_clipped_as_in_keras(backend: Backend) -> None:
 # ---- Packed labels -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("columns", [1, 31, 32, 33, 63, 64, 65, 127, 1000])
+@pytest.mark.parametrize("columns", [1, 31, 32, 33, 64, 65, 1000])
 @native_losses
 def test_packed_labels_are_dense_labels(backend: Backend, loss: Loss, columns: int) -> None:
     x, y = draw_input(loss, 4, columns), draw_labels(4, columns)
@@ -1228,11 +1242,10 @@ def test_two_users_of_one_movie(backend: Backend, loss: Loss) -> None:
         torch.testing.assert_close(value, mean)
 
 
-@every_loss_everywhere
 @pytest.mark.parametrize("mask_kind", ["none", "bool", "labels", "rows", "sparse", "packed"])
-@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@every_loss_everywhere
 def test_observed_labels_are_dense_labels_with_a_mask(
-    backend: Backend, loss: Loss, mask_kind: str, index_dtype: torch.dtype
+    backend: Backend, loss: Loss, mask_kind: str
 ) -> None:
     x, y = draw_input(loss, 5, 70), draw_labels(5, 70)
     listed = draw_labels(5, 70, share=0.3, seed=2)
@@ -1242,8 +1255,8 @@ def test_observed_labels_are_dense_labels_with_a_mask(
         selected = selected[:1] if mask_kind == "labels" else selected[:, :1]
     mask = in_kind(selected, mask_kind) if mask_kind in ("sparse", "packed") else selected
     mask, observed = (None, listed) if mask_kind == "none" else (mask, listed & selected)
-    target = observed_labels(y, listed, index_dtype)
-    for reduction in ("mean", "none", "mean_nonzero"):
+    for reduction, index_dtype in (("mean", torch.int64), ("none", torch.int32)):
+        target = observed_labels(y, listed, index_dtype)
         options = {"mask": mask, "observed": observed, "reduction": reduction}
         _, gradient = check(backend, loss, x, y, target=target, **options)
         assert not gradient[~observed].any()
@@ -1265,8 +1278,14 @@ def test_padding_and_order_of_observed_labels(backend: Backend, loss: Loss) -> N
         )
 
 
-@native_losses
-@pytest.mark.parametrize("columns", [40, 5000, 70_001])
+@pytest.mark.parametrize(
+    ("loss", "columns"),
+    [
+        *((loss, columns) for loss in (SIGMOID, ZLPR) for columns in (40, 5000, 70_001)),
+        *((loss, 1500) for loss in (BINARY, FOCAL, ASYMMETRIC, RANKING)),
+    ],
+    ids=str,
+)
 def test_any_number_of_observed_entries(backend: Backend, loss: Loss, columns: int) -> None:
     """Rows of none to thousands, with duplicates, padding between and values that differ."""
     generator = torch.Generator().manual_seed(columns)
@@ -1275,7 +1294,7 @@ def test_any_number_of_observed_entries(backend: Backend, loss: Loss, columns: i
     if columns > 5000:  # together at both ends, and where rows are cut
         ids[-1][:1500] %= 70
         ids[-2] = columns - 1 - ids[-2].clamp(min=0) % 300
-    values = torch.rand(sum(lengths), generator=generator).round(decimals=1)
+    values = (torch.rand(sum(lengths), generator=generator) * 8).round() / 8
     offsets = torch.tensor([0, *itertools.accumulate(lengths)])
     target = SparseLabels(torch.cat(ids), offsets, values, observed_only=True)
     observed = target._replace(values=None).to_dense(columns)

@@ -243,7 +243,7 @@ def value_and_gradients(
 
 
 # Formats cross for every loss; those of different losses are the same to torch.compile beyond that.
-CROSSING = ("sparse masked by packed", "packed", "observed masked by packed", "options")
+CROSSING = ("sparse masked by packed", "observed masked by packed", "options")
 
 
 def compiled_on(name: str, rows: list[tuple[Any, ...]]) -> pytest.MarkDecorator:

@@ -135,6 +135,7 @@ __device__ __forceinline__ Real row_weight(const RowwiseProblem& problem, int64_
 
 __device__ __forceinline__ double row_threshold(const RowwiseProblem& problem, int64_t row) {
   const Strided& threshold = problem.threshold;
+  if (threshold.data == nullptr) return 0;
   return load_one<double>(threshold.data, threshold.element, row * threshold.row_stride);
 }
 
