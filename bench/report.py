@@ -387,7 +387,7 @@ def describe_machine(device: str) -> dict[str, Any]:
         "environment": {
             name: value
             for name, value in os.environ.items()
-            if name.startswith(("OMP_", "MKL_", "KMP_", "THP_", "TORCHINDUCTOR_", "PYTORCH_"))
+            if name.startswith(("OMP_", "MKL_", "KMP_", "THP_", "PYTORCH_"))
             or name in ("LD_PRELOAD", "CXX")
         },
         "load_average": load_average(),

@@ -27,6 +27,9 @@ from .targets import (
 
 REDUCTIONS = ("none", "sum", "mean", "mean_nonzero", "weighted_mean", "batchmean")
 
+# Targets are compared with ignore_index in fp32, which holds every integer up to this one.
+_EXACT_IN_FP32 = 2**24
+
 # Over what dice_loss and tversky_loss take their sums.
 AXES = ("samples", "classes", "micro")
 PARTITIONS = (None, "poisson", "mse")
@@ -167,6 +170,11 @@ def ignored_value(ignore_index: float | None) -> float | None:
             "ignore_index must lie outside [0, 1] (such as -1, -100 or nan): values within are "
             f"targets, got {ignore_index}"
         )
+    if _EXACT_IN_FP32 < abs(ignore_index) < math.inf:
+        raise ValueError(
+            f"ignore_index must lie within +-{_EXACT_IN_FP32}, where fp32 tells integers apart, "
+            f"got {ignore_index}"
+        )
     return float(ignore_index)
 
 
@@ -179,11 +187,10 @@ def _constant(value: Tensor | float | None, input: Tensor, name: str) -> Tensor 
             raise TypeError(
                 f"{name} must be a tensor, a number or None, got {type(value).__name__}"
             )
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{name} must be finite and not negative, got {value}")
-        return torch.full(
-            (), float(value), dtype=reference.compute_dtype(input), device=input.device
-        )
+        dtype = reference.compute_dtype(input)
+        if not 0 <= value <= torch.finfo(dtype).max:
+            raise ValueError(f"{name} must be finite in {dtype} and not negative, got {value}")
+        return torch.full((), float(value), dtype=dtype, device=input.device)
     check_strided(value, name)
     if value.dtype not in TARGET_DTYPES:
         raise TypeError(f"{name} must be floating point, integer or bool, got {value.dtype}")
@@ -273,8 +280,8 @@ def row_threshold(threshold: Tensor | float, input: Tensor) -> Tensor:
             raise TypeError(
                 f"threshold must be a number or a tensor, got {type(threshold).__name__}"
             )
-        if not -math.inf < threshold < math.inf:
-            raise ValueError(f"threshold must be finite, got {threshold}")
+        if not abs(threshold) <= torch.finfo(dtype).max:
+            raise ValueError(f"threshold must be finite in {dtype}, got {threshold}")
         threshold = torch.full((), float(threshold), dtype=dtype, device=input.device)
     check_strided(threshold, "threshold")
     if threshold.dtype not in FLOATING_DTYPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from .targets import LabelsLike
 
 
 class _Loss(torch.nn.Module):
-    """Keeps constants: tensors as non-persistent buffers, so that they follow ``.to(device)``."""
+    """Keeps constants: tensors as non-persistent buffers, so that they follow ``.to(device)``.
+
+    They keep their dtype: a model in half precision still has a normalizer of 1001 samples.
+    """
 
     def __init__(self, **constants: object) -> None:
         super().__init__()
@@ -22,6 +26,15 @@ class _Loss(torch.nn.Module):
                 self.register_buffer(name, value, persistent=False)
             else:
                 setattr(self, name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Loss:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
     def _constants(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._constant_names}

@@ -156,6 +156,14 @@ class _Loss:
             "differentiated (create_graph=True)"
         )
 
+    def no_transform(self) -> RuntimeError:
+        """Return the error for a call under a transform of functions."""
+        return RuntimeError(
+            f"mlloss_cuda.{self.name} does not run under torch.func (grad, vmap, jvp, ...): its "
+            "kernels know plain tensors alone; use torch.autograd, and leading dimensions "
+            "in the place of vmap"
+        )
+
     def no_forward_mode(self) -> RuntimeError:
         """Return the error for an attempt at forward-mode differentiation."""
         return RuntimeError(f"mlloss_cuda.{self.name} has no forward-mode derivative")
@@ -166,6 +174,8 @@ class _Loss:
         """Return the loss; `differentiable` says whether an argument requires grad."""
         if torch.compiler.is_compiling():
             loss: Tensor = getattr(torch.ops.mlloss_cuda, self.name)(input, *arguments)[0]
+        elif torch._C._functorch.peek_interpreter_stack() is not None:
+            raise self.no_transform()
         elif (differentiable and torch.is_grad_enabled()) or _forward_mode_is_on():
             loss = _Differentiable.apply(self, input, *arguments)
         else:

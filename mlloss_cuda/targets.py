@@ -21,8 +21,6 @@ DENSE = 0
 SPARSE = 1
 PACKED = 2
 OBSERVED = 3  # sparse, and labels that are not listed are missing; targets only
-PACKED = 2
-OBSERVED = 3
 
 FLOATING_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGER_DTYPES = (torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64)
@@ -184,8 +182,13 @@ class SparseLabels(NamedTuple):
         indices, offsets = matrix.col_indices(), matrix.crow_indices()
         if observed_only:
             return cls(indices, offsets, _as_floating(values), True)
+        if values.dtype == torch.bool:
+            return cls(torch.where(values, indices, -1), offsets)
         if not values.dtype.is_floating_point:
-            return cls(torch.where(values != 0, indices, -1), offsets)
+            # -1 and 2 are no targets: as numbers they raise, or give NaN on a GPU.
+            if values.device.type == "cpu" and bool(((values == 0) | (values == 1)).all()):
+                return cls(torch.where(values != 0, indices, -1), offsets)
+            return cls(indices, offsets, _as_floating(values))
         if values.device.type == "cpu" and bool((values == 1).all()):
             return cls(indices, offsets)
         return cls(indices, offsets, values)
@@ -557,10 +560,10 @@ def _normalize_packed(labels: PackedLabels, input: Tensor, name: str) -> Labels:
             f"{name}.num_labels must be that of input, {input.shape[-1]}, got {num_labels}"
         )
     rows, width = math.prod(input.shape[:-1]), _words_of(num_labels)
-    if words.dim() == 0 or words.shape[-1] != width or math.prod(words.shape[:-1]) != rows:
+    if words.shape != (*input.shape[:-1], width) and words.shape != (rows, width):
         raise ValueError(
-            f"{name}.words must have {rows} rows of {width} words for an input of shape "
-            f"{list(input.shape)}, got shape {list(words.shape)}"
+            f"{name}.words must have shape {[*input.shape[:-1], width]} for an input of shape "
+            f"{list(input.shape)} ({rows} rows of {width} words), got {list(words.shape)}"
         )
     if words.dim() != 2:
         words = words.reshape(rows, width)

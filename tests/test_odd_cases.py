@@ -896,17 +896,34 @@ def test_bad_offsets_make_their_rows_nan(
 def test_masked_elements_of_a_row_with_a_bad_target_index_are_zero(
     backend: Backend, unchecked: None, loss: Loss
 ) -> None:
-    x = draw_input(loss, 3, 50)
-    target = SparseLabels.from_lists([[1, 2], [3, 50], [0]])
-    observed = draw_labels(3, 50, share=0.5, seed=2)
-    for mask in masks_of(observed).values():
-        losses, gradient = run(backend, loss, x, target, mask=mask, reduction="none")
-        assert not gradient[~observed].any()
-        assert gradient[1][observed[1]].isnan().all()
-        if loss.pointwise:
-            assert not losses[~observed].any()
-        else:
-            assert losses[1].isnan()
+    x = draw_input(loss, 3, 500)
+    listed = SparseLabels.from_lists([[1, 2], [3, 500], [0]])
+    half = draw_labels(3, 500, share=0.5, seed=2)
+    few = draw_labels(3, 500, share=0.005, seed=2)  # a list of those is walked by its entries
+    few[1, 7] = True
+    for target in (listed, listed._replace(observed_only=True)):
+        for observed in (half, few):
+            for mask in masks_of(observed).values():
+                losses, gradient = run(backend, loss, x, target, mask=mask, reduction="none")
+                assert not gradient[~observed].any()
+                assert gradient[1][observed[1]].isnan().all()
+                if loss.pointwise:
+                    assert not losses[~observed].any()
+                else:
+                    assert losses[1].isnan()
+
+
+@every_loss_everywhere
+def test_bad_rows_of_weight_zero_cost_nothing(
+    backend: Backend, unchecked: None, loss: Loss
+) -> None:
+    x = draw_input(loss, 2, 50)
+    weight = torch.tensor([[0.0], [1.0]]) if loss.pointwise else torch.tensor([0.0, 1.0])
+    for observed_only in (False, True):
+        target = SparseLabels.from_lists([[50], [0]], observed_only=observed_only)
+        value, gradient = run(backend, loss, x, target, weight=weight, reduction="sum")
+        assert value.isfinite()
+        assert not gradient[0].any()
 
 
 @every_loss_everywhere

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch.autograd import forward_ad
 
+import mlloss_cuda
 from mlloss_cuda import (
     SparseLabels,
     arguments,
@@ -55,9 +57,11 @@ class TestForwardMode:
         with forward_ad.dual_level(), pytest.raises(Exception, match="no forward-mode derivative"):
             compiled(forward_ad.make_dual(self.x, self.x))
 
-    def test_functional_transform(self, loss) -> None:
-        with pytest.raises(RuntimeError):
-            torch.func.jvp(lambda x: loss(x, self.y), (self.x,), (self.x,))
+    @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.vmap])
+    def test_functional_transform(self, loss, transform) -> None:
+        x, y = (self.x[None], self.y[None]) if transform is torch.vmap else (self.x, self.y)
+        with pytest.raises(RuntimeError, match=f"{loss.__name__} does not run under torch.func"):
+            transform(lambda x: loss(x, y[0] if transform is torch.vmap else y))(x)
 
 
 @pytest.mark.usefixtures("checks")
@@ -150,3 +154,25 @@ class TestUnservedGpu:
     def test_old_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
         assert "driver serves CUDA 12.8" in (build_information.gpu_problem(0) or "")
+
+
+def test_modules_keep_the_dtype_of_their_constants() -> None:
+    """A constant in half precision would be another one."""
+    loss = mlloss_cuda.SigmoidCrossEntropyLoss(
+        normalizer=torch.tensor(1001.0), pos_weight=torch.tensor([70000.0, 1.0])
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), loss).half()
+    assert model[0].weight.dtype == torch.float16
+    assert loss.normalizer.item() == 1001
+    assert loss.pos_weight.tolist() == [70000, 1]
+    assert loss.to("meta").pos_weight.device.type == "meta"
+
+
+@pytest.mark.parametrize("gamma", [1e30, 1e39, torch.tensor(math.inf)])
+def test_huge_exponents(backend: Backend, gamma: Any) -> None:
+    x = torch.tensor([[-200.0, 0.0, 3.0]], device=backend.device)
+    y = torch.tensor([[True, True, False]], device=backend.device)
+    if isinstance(gamma, torch.Tensor):
+        gamma = gamma.to(backend.device)
+    loss = mlloss_cuda.sigmoid_focal_loss(x, y, gamma=gamma, reduction="none")
+    assert loss.tolist() == [[50, 0, 0]]

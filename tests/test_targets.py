@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
-from mlloss_cuda import PackedLabels, SparseLabels
+from mlloss_cuda import PackedLabels, SparseLabels, sigmoid_cross_entropy
 from tests.cases import packed_words
 
 LISTS = [[3, 0], [], [5, 5, 1]]
@@ -75,6 +76,22 @@ def test_explicit_zeros_of_integers_are_no_labels(dtype: torch.dtype) -> None:
     )
     labels = SparseLabels.from_csr(matrix)
     assert labels.to_dense(3).int().tolist() == [[1, 0, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("value", [-1, 2])
+def test_integers_that_are_no_targets_are_no_labels(value: int) -> None:
+    matrix = torch.tensor([[1, value, 0], [0, 0, 1]]).to_sparse_csr()
+    with pytest.raises(ValueError, match=rf"target.values must lie in \[0, 1\], got {value}"):
+        sigmoid_cross_entropy(torch.zeros(2, 3), matrix)
+
+
+def test_packed_labels_keep_their_leading_dimensions() -> None:
+    packed = PackedLabels.pack(torch.ones(2, 3, 5, dtype=torch.bool))
+    x = torch.zeros(2, 3, 5)
+    for words in (packed.words, packed.words.view(6, 1)):
+        assert sigmoid_cross_entropy(x, PackedLabels(words, 5)).item() == pytest.approx(np.log(2))
+    with pytest.raises(ValueError, match=r"target.words must have shape \[2, 3, 1\]"):
+        sigmoid_cross_entropy(x, PackedLabels(packed.words.transpose(0, 1), 5))
 
 
 def test_from_csr_keeps_soft_values() -> None:

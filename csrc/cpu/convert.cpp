@@ -1,6 +1,5 @@
 #include "cpu/convert.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "cpu/isa.h"
@@ -216,18 +215,9 @@ void store(const double* values, int count, void* data, Element, int64_t offset)
   std::memcpy(static_cast<double*>(data) + offset, values, sizeof(double) * count);
 }
 
-void fill(float value, int64_t count, void* data, Element element, int64_t offset) {
-  if (element == Element::kFloat) {
-    std::fill_n(static_cast<float*>(data) + offset, count, value);
-    return;
-  }
-  uint16_t bits;
-  store(&value, 1, &bits, element, 0);
-  std::fill_n(static_cast<uint16_t*>(data) + offset, count, bits);
-}
-
-void fill(double value, int64_t count, void* data, Element, int64_t offset) {
-  std::fill_n(static_cast<double*>(data) + offset, count, value);
+void zero_row(const Problem& problem, int64_t row, void* grad_input) {
+  const int64_t bytes = problem.columns * element_size(problem.element);
+  std::memset(static_cast<char*>(grad_input) + row * bytes, 0, static_cast<size_t>(bytes));
 }
 
 int64_t element_size(Element element) {

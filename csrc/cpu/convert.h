@@ -27,15 +27,8 @@ void scatter(const double* values, const int64_t* columns, int count, void* data
 void store(const float* values, int count, void* data, Element element, int64_t offset);
 void store(const double* values, int count, void* data, Element element, int64_t offset);
 
-// data[offset + i] = value, i < count; for the dtypes of logits.
-void fill(float value, int64_t count, void* data, Element element, int64_t offset);
-void fill(double value, int64_t count, void* data, Element element, int64_t offset);
-
-// Fills a row of a contiguous [N, C] gradient.
-template <class Real>
-void fill_row(Real value, const Problem& problem, int64_t row, void* grad_input) {
-  fill(value, problem.columns, grad_input, problem.element, row * problem.columns);
-}
+// Makes a row of a contiguous [N, C] gradient 0.
+void zero_row(const Problem& problem, int64_t row, void* grad_input);
 
 int64_t element_size(Element element);
 

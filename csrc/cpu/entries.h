@@ -37,28 +37,28 @@ class EntryReader {
  public:
   explicit EntryReader(const Problem& problem) : problem_(problem) {}
 
-  // Finds the observed entries of a row. Returns false if its labels cannot be told: the whole row
-  // is not a number then.
-  bool start_row(int64_t row) {
+  // Finds the observed entries of a row. Where its labels cannot be told, these are all that the
+  // mask leaves in, and their targets are invalid.
+  void start_row(int64_t row) {
     row_ = row;
     next_ = 0;
     const Labels& target = problem_.target;
     const Labels& mask = problem_.mask;
-    if (target.format != Format::kPacked && !targets_.start(target, row, problem_.columns)) {
-      return false;
-    }
-    if (mask.format == Format::kSparse && !observed_.start(mask, row, problem_.columns)) {
-      return false;
-    }
-    if (target.format == Format::kObserved && mask.data == nullptr) {
+    const bool mask_is_valid =
+        mask.format != Format::kSparse || observed_.start(mask, row, problem_.columns);
+    const bool is_valid = mask_is_valid && (target.format == Format::kPacked ||
+                                            targets_.start(target, row, problem_.columns));
+    if (is_valid && target.format == Format::kObserved && mask.data == nullptr) {
       all_columns_ = targets_.columns();
       all_values_ = targets_.values();
       size_ = targets_.size();
-      return true;
+      return;
     }
     columns_.clear();
     values_.clear();
-    if (target.format == Format::kObserved) {
+    if (!is_valid) {
+      invalidate_observed(mask_is_valid);
+    } else if (target.format == Format::kObserved) {
       select_observed_targets();
     } else {
       find_targets_of_observed();
@@ -66,7 +66,6 @@ class EntryReader {
     all_columns_ = columns_.data();
     all_values_ = values_.data();
     size_ = static_cast<int64_t>(columns_.size());
-    return true;
   }
 
   // The next entries of the row, at most kTile; none when all have been seen. Targets are soft.
@@ -98,6 +97,17 @@ class EntryReader {
 
   static double value_at(const SparseSet& set, int64_t i) {
     return set.values() == nullptr ? 1.0 : set.values()[i];
+  }
+
+  void invalidate_observed(bool mask_is_valid) {
+    constexpr double kInvalid = std::numeric_limits<double>::infinity();
+    if (mask_is_valid && problem_.mask.format == Format::kSparse) {
+      for (int64_t i = 0; i < observed_.size(); ++i) add(observed_.columns()[i], kInvalid);
+      return;
+    }
+    for (int64_t column = 0; column < problem_.columns; ++column) {
+      if (!mask_is_valid || is_set(problem_.mask, row_, column)) add(column, kInvalid);
+    }
   }
 
   // The target lists what may be observed, the mask selects.

@@ -550,12 +550,9 @@ PartialSum forward_over_entries(const PointwiseProblem& problem, typename Loss::
       const Piece piece = pieces[index];
       PartialSum sum;
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        const bool valid = reader.start_row(row);
-        const Real elsewhere = valid ? Real(0) : kNaN<Real>;
-        sum.total += elsewhere;
+        reader.start_row(row);
         Real* out = losses == nullptr ? nullptr : losses + row * problem.columns;
-        if (out != nullptr) std::fill_n(out, problem.columns, elsewhere);
-        if (!valid) continue;
+        if (out != nullptr) std::fill_n(out, problem.columns, Real(0));
         for (Tile<Real> entries = reader.tile(); entries.count > 0; entries = reader.tile()) {
           const PointwiseTile<Real> tile = constants.attach(entries, row, reader.columns());
           sum.total += forward(loss, tile, out == nullptr ? nullptr : buffer);
@@ -676,9 +673,8 @@ void backward_over_entries(const PointwiseProblem& problem,
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        const bool valid = reader.start_row(row);
-        fill_row(valid ? Real(0) : kNaN<Real>, problem, row, grad_input);
-        if (!valid) continue;
+        reader.start_row(row);
+        zero_row(problem, row, grad_input);
         for (Tile<Real> entries = reader.tile(); entries.count > 0; entries = reader.tile()) {
           const int64_t* columns = reader.columns();
           const PointwiseTile<Real> tile = constants.attach(entries, row, columns);

@@ -212,20 +212,19 @@ void reduce_rows(const RowwiseProblem& problem, const std::vector<double>& losse
   finish_sum(problem, sum, output);
 }
 
-// Calls body(tile) for the tiles of a piece's row; a row of which only the listed labels are
-// observed has those alone. Returns false if the labels of such a row cannot be told.
+// Calls body(tile, begin) for the tiles of a piece's row; a row of which only the listed labels are
+// observed has those alone.
 template <class Real, class Body>
-bool for_row_tiles(const Problem& problem, const Piece& piece, int64_t row, TileReader<Real>& tiles,
+void for_row_tiles(const Problem& problem, const Piece& piece, int64_t row, TileReader<Real>& tiles,
                    EntryReader<Real>& entries, const Body& body) {
   if (!goes_by_entries(problem)) {
-    for_tiles(piece, row, tiles, [&](const Tile<Real>& tile, int64_t begin) { body(tile, begin); });
-    return true;
+    for_tiles(piece, row, tiles, body);
+    return;
   }
-  if (!entries.start_row(row)) return false;
+  entries.start_row(row);
   for (Tile<Real> tile = entries.tile(); tile.count > 0; tile = entries.tile()) {
     body(tile, int64_t(0));
   }
-  return true;
 }
 
 // Loss: the row loss, with static finish(); `sums` wraps sums_of_tile.
@@ -255,9 +254,7 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
           sum.positive = combine(sum.positive, part.positive);
           sum.negative = combine(sum.negative, part.negative);
         };
-        if (!for_row_tiles(problem, piece, row, tiles, entries, add)) {
-          sum.positive.sum = sum.negative.sum = kNaN<double>;
-        }
+        for_row_tiles(problem, piece, row, tiles, entries, add);
         if (partial.empty()) {
           finish(row, sum);
         } else {
@@ -309,7 +306,7 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
             grad_threshold[row] = scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
           }
         }
-        if (by_entries) fill_row(Real(0), problem, row, output.grad_input);
+        if (by_entries) zero_row(problem, row, output.grad_input);
         const auto write = [&](const Tile<Real>& tile, int64_t begin) {
           const int64_t offset = row * problem.columns + begin;
           Real* out = !by_entries && problem.element == kElementOf<Real>
@@ -327,9 +324,7 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
             store(buffer, tile.count, output.grad_input, problem.element, offset);
           }
         };
-        if (!for_row_tiles(problem, piece, row, tiles, entries, write) && scale != 0) {
-          fill_row(kNaN<Real>, problem, row, output.grad_input);
-        }
+        for_row_tiles(problem, piece, row, tiles, entries, write);
       }
     }
   });

@@ -21,39 +21,45 @@ class EntryRow {
  public:
   __device__ __forceinline__ explicit EntryRow(const Problem& problem) : problem_(problem) {}
 
-  // All threads of the block call this. Returns false if the labels of the row cannot be told; the
-  // whole row is not a number then.
-  __device__ __forceinline__ bool start(int64_t row) {
+  // All threads of the block call this. Where the labels of a row cannot be told, its entries are
+  // all of its columns, and the targets of those that the mask leaves in are not a number.
+  __device__ __forceinline__ void start(int64_t row) {
     row_ = row;
-    const Labels& target = problem_.target;
     const Labels& mask = problem_.mask;
-    const bool has_sparse_mask = mask.format == Format::kSparse;
-    bool valid = bounds(target, first_, last_);
-    if (has_sparse_mask) valid = bounds(mask, mask_first_, mask_last_) && valid;
-    if (!valid) return false;  // the same for all threads
-    bool is_bad = false, falls = false;
-    for (int64_t i = first_ + threadIdx.x; i < last_; i += kThreads) {
-      is_bad |= column(i) >= problem_.columns;
-      falls |= i > first_ && key(i) < key(i - 1);
+    is_valid_ = bounds(problem_.target, first_, last_);
+    mask_is_valid_ = mask.format != Format::kSparse || bounds(mask, mask_first_, mask_last_);
+    unsigned found = 0;
+    for (int64_t i = is_valid_ ? first_ + threadIdx.x : last_; i < last_; i += kThreads) {
+      if (column(i) >= problem_.columns) found |= kBadTarget;
+      if (i > first_ && key(column(i)) < key(column(i - 1))) found |= kTargetFalls;
     }
-    if (has_sparse_mask) {
+    if (mask.format == Format::kSparse && mask_is_valid_) {
       for (int64_t i = mask_first_ + threadIdx.x; i < mask_last_; i += kThreads) {
-        is_bad |= index_at(mask.data, mask.element, i) >= problem_.columns;
+        if (mask_column(i) >= problem_.columns) found |= kBadMask;
+        if (i > mask_first_ && key(mask_column(i)) < key(mask_column(i - 1))) found |= kMaskFalls;
       }
     }
-    rises_ = !__syncthreads_or(falls);
-    return !__syncthreads_or(is_bad);
+    rises_ = !__syncthreads_or(found & kTargetFalls);
+    mask_rises_ = !__syncthreads_or(found & kMaskFalls);
+    const bool bad_target = __syncthreads_or(found & kBadTarget);
+    const bool bad_mask = __syncthreads_or(found & kBadMask);
+    mask_is_valid_ = mask_is_valid_ && !bad_mask;
+    is_valid_ = is_valid_ && !bad_target && mask_is_valid_;
+    if (is_valid_) return;
+    first_ = 0;
+    last_ = problem_.columns;
   }
 
   __device__ __forceinline__ int64_t first() const { return first_; }
   __device__ __forceinline__ int64_t last() const { return last_; }
 
   __device__ __forceinline__ int64_t column(int64_t i) const {
-    return index_at(problem_.target.data, problem_.target.element, i);
+    return is_valid_ ? index_at(problem_.target.data, problem_.target.element, i) : i;
   }
 
   // Whether an entry is observed, no padding, and the first of its label.
   __device__ __forceinline__ bool counts(int64_t i) const {
+    if (!is_valid_) return !mask_is_valid_ || is_observed(i);
     const int64_t own = column(i);
     if (own < 0 || !is_observed(own)) return false;
     if (rises_) return i == first_ || column(i - 1) != own;
@@ -65,6 +71,7 @@ class EntryRow {
 
   // The target of an entry that counts: of duplicates the largest, NaN if one of them is invalid.
   __device__ __forceinline__ Real target(int64_t i) const {
+    if (!is_valid_) return kNaN<Real>;
     if (problem_.target.values == nullptr) return 1;
     const int64_t own = column(i);
     Real largest = 0;
@@ -91,20 +98,33 @@ class EntryRow {
     return first >= 0 && first <= last && last <= labels.entries;
   }
 
+  static constexpr unsigned kBadTarget = 1, kBadMask = 2, kTargetFalls = 4, kMaskFalls = 8;
+
+  __device__ __forceinline__ int64_t mask_column(int64_t i) const {
+    return index_at(problem_.mask.data, problem_.mask.element, i);
+  }
+
   // What rises in a row in order: padding may stand behind the labels.
-  __device__ __forceinline__ uint64_t key(int64_t i) const {
-    return static_cast<uint64_t>(column(i));
+  __device__ __forceinline__ static uint64_t key(int64_t column) {
+    return static_cast<uint64_t>(column);
+  }
+
+  __device__ __forceinline__ bool is_listed(int64_t column) const {
+    int64_t first = mask_first_, last = mask_last_;
+    while (mask_rises_ && last - first > 1) {
+      const int64_t middle = first + (last - first) / 2;
+      (key(mask_column(middle)) <= key(column) ? first : last) = middle;
+    }
+    for (int64_t i = first; i < last; ++i) {
+      if (mask_column(i) == column) return true;
+    }
+    return false;
   }
 
   __device__ __forceinline__ bool is_observed(int64_t column) const {
     const Labels& mask = problem_.mask;
     if (mask.data == nullptr) return true;
-    if (mask.format == Format::kSparse) {
-      for (int64_t i = mask_first_; i < mask_last_; ++i) {
-        if (index_at(mask.data, mask.element, i) == column) return true;
-      }
-      return false;
-    }
+    if (mask.format == Format::kSparse) return is_listed(column);
     if (mask.format == Format::kPacked) {
       const auto* words = static_cast<const uint32_t*>(mask.data) + row_ * mask.row_stride;
       return words[column / 32] >> (column % 32) & 1u;
@@ -117,17 +137,9 @@ class EntryRow {
   int64_t row_ = 0;
   int64_t first_ = 0, last_ = 0;
   int64_t mask_first_ = 0, mask_last_ = 0;
-  bool rises_ = true;
+  bool rises_ = true, mask_rises_ = true;
+  bool is_valid_ = true, mask_is_valid_ = true;
 };
-
-// Makes a row of a contiguous [N, C] output not a number.
-template <class Real>
-__device__ __forceinline__ void invalidate_row(const Problem& problem, int64_t row, void* data,
-                                               Element element) {
-  for (int64_t column = threadIdx.x; column < problem.columns; column += kThreads) {
-    store_one(kNaN<Real>, data, element, row * problem.columns + column);
-  }
-}
 
 // ---- Losses that are a sum over elements ----
 
@@ -168,14 +180,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename Lo
   EntryRow<Real> entries(problem);
   double total = 0, denominator = 0;
   for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
-    if (!entries.start(row)) {
-      total = kNaN<double>;
-      if (losses != nullptr) {
-        const bool is_double = sizeof(Real) == 8;
-        invalidate_row<Real>(problem, row, losses, is_double ? Element::kDouble : Element::kFloat);
-      }
-      continue;
-    }
+    entries.start(row);
     for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
       if (!entries.counts(i)) continue;
       const int64_t column = entries.column(i);
@@ -206,10 +211,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename Lo
   EntryRow<Real> entries(problem);
   const Strided& grad_output = input.grad_output;
   for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
-    if (!entries.start(row)) {
-      invalidate_row<Real>(problem, row, grad_input, problem.element);
-      continue;
-    }
+    entries.start(row);
     for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
       if (!entries.counts(i)) continue;
       const int64_t column = entries.column(i);

@@ -46,8 +46,9 @@ namespace mlloss {
 // Writes zeros, in the order of the stream.
 inline cudaError_t fill_with_zeros(void* data, int64_t bytes,
                                    [[maybe_unused]] cudaStream_t stream) {
+  if (bytes == 0) return cudaSuccess;  // `data` may be nullptr
 #ifdef MLLOSS_EMULATED
-  if (bytes > 0) std::memset(data, 0, static_cast<size_t>(bytes));
+  std::memset(data, 0, static_cast<size_t>(bytes));
   return cudaSuccess;
 #else
   return cudaMemsetAsync(data, 0, static_cast<size_t>(bytes), stream);

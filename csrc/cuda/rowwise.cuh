@@ -105,16 +105,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Real>)
   EntryRow<Real> entries(problem);
   for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
     RowSums<Real> sum = RowSums<Real>::empty();
-    if (entries.start(row)) {
-      for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
-        if (!entries.counts(i)) continue;
-        const Real x = entries.logit(entries.column(i)), y = entries.target(i);
-        const Real logit[1] = {x}, minus_logit[1] = {-x}, positive[1] = {y}, negative[1] = {1 - y};
-        add_exponentials(sum.positive, minus_logit, positive);
-        add_exponentials(sum.negative, logit, negative);
-      }
-    } else {
-      sum.positive.sum = sum.negative.sum = kNaN<Real>;
+    entries.start(row);
+    for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
+      if (!entries.counts(i)) continue;
+      const Real x = entries.logit(entries.column(i)), y = entries.target(i);
+      const Real logit[1] = {x}, minus_logit[1] = {-x}, positive[1] = {y}, negative[1] = {1 - y};
+      add_exponentials(sum.positive, minus_logit, positive);
+      add_exponentials(sum.negative, logit, negative);
     }
     const auto merge = [](ScaledSum<Real> a, ScaledSum<Real> b) { return combine(a, b); };
     const auto shuffle = [](ScaledSum<Real> a, int lanes) { return shuffle_sum(a, lanes); };
@@ -276,12 +273,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Real>)
   for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
     const RowGradient<Loss, Real> own(problem, input, row);
     if (threadIdx.x == 0) own.write_threshold(problem, row, grad_threshold);
-    const bool valid = entries.start(row);
+    entries.start(row);
     if (own.scale == 0) continue;
-    if (!valid) {
-      invalidate_row<Real>(problem, row, grad_input, problem.element);
-      continue;
-    }
     for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
       if (!entries.counts(i)) continue;
       const int64_t column = entries.column(i);

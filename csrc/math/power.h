@@ -17,7 +17,11 @@ struct Power {
   // The bits of the whole part, each 0 or 1.
   Real ones = 0, twos = 0, fours = 0;
 
-  MLLOSS_MATH static Power of(Real exponent) {
+  // In the place of larger exponents and logarithms: finite, as 0 times it has to be 0.
+  static constexpr Real kMost = 1e30f;
+
+  MLLOSS_MATH static Power of(Real given) {
+    const Real exponent = given > kMost ? kMost : given;
     const int whole = exponent < Real(7) ? static_cast<int>(exponent) : 7;
     return {exponent, exponent - static_cast<Real>(whole), static_cast<Real>(whole & 1),
             static_cast<Real>(whole >> 1 & 1), static_cast<Real>(whole >> 2 & 1)};
@@ -33,8 +37,6 @@ struct Power {
     const Real whole = (ones * base + (1 - ones)) * (twos * square + (1 - twos)) *
                        (fours * (square * square) + (1 - fours));
     if constexpr (!kFraction) return whole;
-    // Finite, as 0 times it has to be 0.
-    constexpr Real kMost = 1e30f;
     const Real logarithm = minus_log();
     return whole * exp_nonpositive(-(fraction * (logarithm > kMost ? kMost : logarithm)));
   }

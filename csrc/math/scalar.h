@@ -98,7 +98,13 @@ MLLOSS_MATH float log_of_sum(float u, float lost) {
 // e^x for x <= 0 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
 MLLOSS_MATH float exp_nonpositive(float x) {
 #if MLLOSS_DEVICE_MATH
-  return exp2_approx(x * 1.44269504f);
+  // log2(e) as a sum of two numbers, and what rounding the product drops: unmended, it would be a
+  // relative error of 2^-24 |x| log2(e), which sums of confident negatives keep.
+  const float exponent = x * 1.44269504f;
+  const float dropped = fmaf(x, 1.92596303e-8f, fmaf(x, 1.44269504f, -exponent));
+  const float power = exp2_approx(exponent);
+  // Nothing is left to mend where the power is 0, as for x = -inf, whose `dropped` is NaN.
+  return power == 0 ? power : fmaf(power, dropped * 0.693147182f, power);
 #else
   const ExponentialParts parts = exponential_parts(x);
   return x < -87.3365448f ? 0.0f : (parts.rest + 1.0f) * parts.power;
