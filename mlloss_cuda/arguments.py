@@ -27,9 +27,6 @@ from .targets import (
 
 REDUCTIONS = ("none", "sum", "mean", "mean_nonzero", "weighted_mean", "batchmean")
 
-# Targets are compared with ignore_index in fp32, which holds every integer up to this one.
-_EXACT_IN_FP32 = 2**24
-
 # Over what dice_loss and tversky_loss take their sums.
 AXES = ("samples", "classes", "micro")
 PARTITIONS = (None, "poisson", "mse")
@@ -169,11 +166,6 @@ def ignored_value(ignore_index: float | None) -> float | None:
         raise ValueError(
             "ignore_index must lie outside [0, 1] (such as -1, -100 or nan): values within are "
             f"targets, got {ignore_index}"
-        )
-    if _EXACT_IN_FP32 < abs(ignore_index) < math.inf:
-        raise ValueError(
-            f"ignore_index must lie within +-{_EXACT_IN_FP32}, where fp32 tells integers apart, "
-            f"got {ignore_index}"
         )
     return float(ignore_index)
 

@@ -661,7 +661,8 @@ def _check_dense(labels: Tensor, input: Tensor, name: str, dtypes: tuple[torch.d
     check_strided(labels, name)
     if labels.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must have one of the dtypes {names}, got {labels.dtype}")
+        hint = " (mask.bool() selects what is not 0)" if name == "mask" else ""
+        raise TypeError(f"{name} must have one of the dtypes {names}, got {labels.dtype}{hint}")
     if labels.device != input.device:
         raise ValueError(
             f"{name} must be on the device of input, {input.device}, got {labels.device}"

@@ -26,6 +26,11 @@ constexpr Real kInfinity = std::numeric_limits<Real>::infinity();
 template <class Real>
 constexpr Real kNaN = std::numeric_limits<Real>::quiet_NaN();
 
+template <class Real>
+MLLOSS_MATH Real absolute(Real x) {
+  return std::fabs(x);
+}
+
 #if !MLLOSS_DEVICE_MATH
 MLLOSS_MATH float float_from_bits(int32_t bits) {
   float value;
@@ -103,8 +108,8 @@ MLLOSS_MATH float exp_nonpositive(float x) {
   const float exponent = x * 1.44269504f;
   const float dropped = fmaf(x, 1.92596303e-8f, fmaf(x, 1.44269504f, -exponent));
   const float power = exp2_approx(exponent);
-  // Nothing is left to mend where the power is 0, as for x = -inf, whose `dropped` is NaN.
-  return power == 0 ? power : fmaf(power, dropped * 0.693147182f, power);
+  // There is nothing to mend for infinite x, where `dropped` is NaN.
+  return absolute(exponent) < kInfinity<float> ? fmaf(power, dropped * 0.693147182f, power) : power;
 #else
   const ExponentialParts parts = exponential_parts(x);
   return x < -87.3365448f ? 0.0f : (parts.rest + 1.0f) * parts.power;
@@ -177,11 +182,6 @@ MLLOSS_MATH float reciprocal(float x) {
 }
 
 MLLOSS_MATH double reciprocal(double x) { return 1.0 / x; }
-
-template <class Real>
-MLLOSS_MATH Real absolute(Real x) {
-  return std::fabs(x);
-}
 
 // log(x), or log(1 - x) for the `complement`, for 0 <= x <= 1 (or NaN).
 MLLOSS_MATH float log_of_side(float x, bool complement) {
