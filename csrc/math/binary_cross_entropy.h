@@ -55,7 +55,7 @@ struct BinaryCrossEntropy {
   MLLOSS_MATH Real positive_loss(Real p) const { return limited(p, -log_unit(p)); }
 
   // -log(1 - p)
-  MLLOSS_MATH Real negative_loss(Real p) const { return limited(p, -log1p_nonpositive(-p)); }
+  MLLOSS_MATH Real negative_loss(Real p) const { return limited(p, -log_of_side(p, true)); }
 
   // Limits to the logarithms of eps and 1 - eps, which clipping p would only give up to the
   // rounding of 1 - eps.

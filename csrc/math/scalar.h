@@ -144,33 +144,31 @@ MLLOSS_MATH float log1p_nonnegative(float q) {
 
 MLLOSS_MATH double log1p_nonnegative(double q) { return std::log1p(q); }
 
-// log(1 + q) for -1 <= q <= 0 (or NaN).
-MLLOSS_MATH float log1p_nonpositive(float q) {
+// log(x), or log(1 - x) for the `complement`, for 0 <= x <= 1 (or NaN).
+MLLOSS_MATH float log_of_side(float x, bool complement) {
 #if MLLOSS_DEVICE_MATH
-  return log1pf(q);
+  return complement ? log1pf(-x) : logf(x);
 #else
-  const float u = 1.0f + q;
-  return u == 0 ? -kInfinity<float> : log_of_sum(u, q - (u - 1.0f));
+  // One logarithm for both: that of u plus what rounding u has lost. x * 0 keeps NaN.
+  const float rest = 1.0f - x;
+  const float lost = complement ? (1.0f - rest) - x : x * 0;
+  const float u = complement ? rest : x;
+  const bool subnormal = u < 1.17549435e-38f;
+  const float logarithm = log_of_sum(subnormal ? u * 16777216.0f : u, lost);  // 2^24
+  const float value = subnormal ? logarithm - 16.6355323f : logarithm;        // 24 ln 2
+  return u == 0 ? -kInfinity<float> : value;
 #endif
 }
 
-MLLOSS_MATH double log1p_nonpositive(double q) { return std::log1p(q); }
+MLLOSS_MATH double log_of_side(double x, bool complement) {
+  return complement ? std::log1p(-x) : std::log(x);
+}
 
 // log(x) for 0 <= x <= 1 (or NaN).
-MLLOSS_MATH float log_unit(float x) {
-#if MLLOSS_DEVICE_MATH
-  return logf(x);
-#else
-  const bool subnormal = x < 1.17549435e-38f;
-  const float normal = subnormal ? x * 16777216.0f : x;  // 2^24
-  // Nothing is lost, but x * 0 keeps NaN.
-  const float logarithm = log_of_sum(normal, x * 0);
-  const float value = subnormal ? logarithm - 16.6355323f : logarithm;  // 24 ln 2
-  return x == 0 ? -kInfinity<float> : value;
-#endif
+template <class Real>
+MLLOSS_MATH Real log_unit(Real x) {
+  return log_of_side(x, false);
 }
-
-MLLOSS_MATH double log_unit(double x) { return std::log(x); }
 
 // 1 / x for 1 <= x <= 2.
 MLLOSS_MATH float reciprocal(float x) {
@@ -182,26 +180,6 @@ MLLOSS_MATH float reciprocal(float x) {
 }
 
 MLLOSS_MATH double reciprocal(double x) { return 1.0 / x; }
-
-// log(x), or log(1 - x) for the `complement`, for 0 <= x <= 1 (or NaN).
-MLLOSS_MATH float log_of_side(float x, bool complement) {
-#if MLLOSS_DEVICE_MATH
-  return complement ? log1pf(-x) : logf(x);
-#else
-  // One logarithm for both: that of u plus what rounding u has lost.
-  const float rest = 1.0f - x;
-  const float lost = complement ? (1.0f - rest) - x : x * 0;
-  const float u = complement ? rest : x;
-  const bool subnormal = u < 1.17549435e-38f;
-  const float logarithm = log_of_sum(subnormal ? u * 16777216.0f : u, lost);
-  const float value = subnormal ? logarithm - 16.6355323f : logarithm;
-  return u == 0 ? -kInfinity<float> : value;
-#endif
-}
-
-MLLOSS_MATH double log_of_side(double x, bool complement) {
-  return complement ? std::log1p(-x) : std::log(x);
-}
 
 // max(x, 0); NaN stays NaN, so that a loss with a NaN logit is NaN.
 template <class Real>
