@@ -101,6 +101,11 @@ struct ForwardOutput {
   void* loss = nullptr;        // 0-d, or [N, C] (pointwise), [N] (row-wise) for Reduction::kNone
   void* statistics = nullptr;  // row-wise: [N, 4]
   double* scale = nullptr;  // 0-d: what the gradient of the sum is multiplied by (1 / denominator)
+  // One pass: what the gradient is written to as well, or nullptr. It is that of the reduced loss,
+  // times `gradient_scale`.
+  void* gradient = nullptr;  // [N, C], element type and row stride of the logits; may be the logits
+  const double* gradient_scale = nullptr;  // 0-d, nullptr = 1
+  void* gradient_threshold = nullptr;      // row-wise: [N], element type of the statistics
 };
 
 struct BackwardInput {
