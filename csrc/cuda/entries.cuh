@@ -69,6 +69,12 @@ class EntryRow {
     return true;
   }
 
+  // Whether an entry is observed and no padding, be it the first of its label or not.
+  __device__ __forceinline__ bool is_used(int64_t i) const {
+    if (!is_valid_) return !mask_is_valid_ || is_observed(i);
+    return column(i) >= 0 && is_observed(column(i));
+  }
+
   // The target of an entry that counts: of duplicates the largest, NaN if one of them is invalid.
   __device__ __forceinline__ Real target(int64_t i) const {
     if (!is_valid_) return kNaN<Real>;
@@ -141,6 +147,34 @@ class EntryRow {
   bool is_valid_ = true, mask_is_valid_ = true;
 };
 
+// Makes the labels of each row that are not observed 0; the others hold the gradient.
+template <class Scalar>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
+    zero_unobserved(const Problem problem, Scalar* gradient) {  // [N, C], row stride of the logits
+  MLLOSS_SHARED_ARRAY(unsigned, bitmap, kBitmapWords);
+  EntryRow<typename Arithmetic<Scalar>::Real> entries(problem);
+  for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
+    entries.start(row);
+    for (int64_t begin = 0; begin < problem.columns; begin += kWindow) {
+      __syncthreads();  // the previous window has been read
+      for (int i = threadIdx.x; i < kBitmapWords; i += kThreads) bitmap[i] = 0;
+      __syncthreads();
+      for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
+        const int64_t place = entries.column(i) - begin;
+        if (place < 0 || place >= kWindow || !entries.is_used(i)) continue;
+        atomicOr(&bitmap[place / 32], 1u << (place % 32));
+      }
+      __syncthreads();
+      for (int place = threadIdx.x; place < kWindow && begin + place < problem.columns;
+           place += kThreads) {
+        if (bitmap[place / 32] >> (place % 32) & 1u) continue;
+        from_real(typename Arithmetic<Scalar>::Real(0),
+                  gradient + row * problem.row_stride + begin + place);
+      }
+    }
+  }
+}
+
 // ---- Losses that are a sum over elements ----
 
 // The constants of an element: mask * weight and the parameters, not a number where negative.
@@ -202,11 +236,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename Lo
   if (threadIdx.x == 0) partial[blockIdx.x] = {total, denominator};
 }
 
-// `grad_input` [N, C] is 0 before the launch.
+// Writes the gradient of what is observed to `gradient` [N, C], which may be the logits.
 template <class Loss>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename Loss::Real>)
     pointwise_entries_backward(const PointwiseProblem problem, const Loss loss,
-                               const BackwardInput input, void* __restrict__ grad_input) {
+                               const BackwardInput input, void* gradient,
+                               const int64_t row_stride) {
   using Real = typename Loss::Real;
   EntryRow<Real> entries(problem);
   const Strided& grad_output = input.grad_output;
@@ -216,15 +251,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<typename Lo
       if (!entries.counts(i)) continue;
       const int64_t column = entries.column(i);
       const EntryConstants<Loss> constants(problem, row, column);
-      if (constants.factor == 0) continue;
       const double upstream =
-          load_one<double>(grad_output.data, grad_output.element,
-                           row * grad_output.row_stride + column * grad_output.column_stride);
+          grad_output.data == nullptr
+              ? 1.0
+              : load_one<double>(grad_output.data, grad_output.element,
+                                 row * grad_output.row_stride + column * grad_output.column_stride);
       const Real scale = static_cast<Real>(*input.scale * upstream);
       const Real y = static_cast<Real>(smoothed_target(problem, entries.target(i)));
       const Real value = scale * constants.factor *
                          loss.soft_gradient(entries.logit(column), y, constants.parameters);
-      store_one(value, grad_input, problem.element, row * problem.columns + column);
+      store_one(constants.factor == 0 ? Real(0) : value, gradient, problem.element,
+                row * row_stride + column);
     }
   }
 }
@@ -250,7 +287,21 @@ cudaError_t launch_backward_over_entries(const PointwiseProblem& problem,
   const cudaError_t error = fill_with_zeros(grad_input, bytes, stream);
   if (error != cudaSuccess) return error;
   return MLLOSS_LAUNCH((pointwise_entries_backward<Loss>), grid_of(problem.rows, kMaxBlocks),
-                       dim3(kThreads), stream, problem, Loss::from(problem), input, grad_input);
+                       dim3(kThreads), stream, problem, Loss::from(problem), input, grad_input,
+                       problem.columns);
+}
+
+// The gradient written over the logits.
+template <class Loss, class Scalar>
+cudaError_t launch_entries_in_place(const PointwiseProblem& problem, const BackwardInput& input,
+                                    void* gradient, cudaStream_t stream) {
+  const dim3 grid = grid_of(problem.rows, kMaxBlocks);
+  const cudaError_t error =
+      MLLOSS_LAUNCH((pointwise_entries_backward<Loss>), grid, dim3(kThreads), stream, problem,
+                    Loss::from(problem), input, gradient, problem.row_stride);
+  if (error != cudaSuccess) return error;
+  return MLLOSS_LAUNCH((zero_unobserved<Scalar>), grid, dim3(kThreads), stream, problem,
+                       static_cast<Scalar*>(gradient));
 }
 
 }  // namespace mlloss::cuda

@@ -1,5 +1,6 @@
 // Forward and backward kernels of any loss that is a sum over elements; the loss is a header in
-// math/, the same one that the CPU loops use.
+// math/, the same one that the CPU loops use. The common case of sigmoid cross-entropy has faster
+// ones, softplus.cuh.
 //
 // Bytes per element, s = size of a logit, t and u = bytes of target and mask (bool 1, sparse about
 // 0, float 4): forward s + t + u, backward 2 s + t + u. Expected limit: memory. Not measured on a
@@ -9,6 +10,7 @@
 
 #include "cuda/entries.cuh"
 #include "cuda/reduce.cuh"
+#include "cuda/softplus.cuh"
 #include "cuda/tiles.cuh"
 #include "cuda/vector.cuh"
 #include "math/scalar.h"
@@ -16,11 +18,11 @@
 
 namespace mlloss::cuda {
 
-// What a kernel is specialised for. The first four have no weights and reduce; kGeneral does all.
-enum class Mode { kHard, kHardMasked, kSoft, kSoftMasked, kGeneral };
+// What a kernel is specialised for. kGeneral does all; the others have no weights and reduce.
+enum class Mode { kHard, kSoft, kSoftMasked, kGeneral };
 
-constexpr bool is_soft(Mode mode) { return mode != Mode::kHard && mode != Mode::kHardMasked; }
-constexpr bool is_masked(Mode mode) { return mode != Mode::kHard && mode != Mode::kSoft; }
+constexpr bool is_soft(Mode mode) { return mode != Mode::kHard; }
+constexpr bool is_masked(Mode mode) { return mode != Mode::kSoft; }
 
 // The constants of a vector: mask * weight (0 where masked) and the parameters, all of which are
 // not a number where negative.
@@ -73,8 +75,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
   constexpr int kUnroll =
       is_soft(kMode) ? 1 : kPerThread / kCount;  // reading any dtype is long code
   using Tiles = LabelTiles<Real, kCount, is_soft(kMode)>;
-  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kTileWidth / 32);
-  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kTileWidth / 32);
+  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kBitmapWords);
+  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kBitmapWords);
   MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, is_soft(kMode)>::kValues));
   MLLOSS_SHARED_ARRAY(double, warps, kWarps);
 
@@ -128,19 +130,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
         } else {
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
-            Real z = x[i], part;
-            if constexpr (is_soft(kMode)) {
-              part = Loss::linear_part(z, smoothed(vector.target[i]));
-            } else {
-              // With the sign of positives flipped, every element is a negative.
-              z = vector.positive >> i & 1u ? -z : z;
-              part = positive_part(z);
-            }
-            Real e = exp_nonpositive(-absolute(z));
-            if (is_masked(kMode) || is_soft(kMode)) {
-              e = observed >> i & 1u ? e : Real(0);
-              part = observed >> i & 1u ? part : Real(0);
-            }
+            Real part = Loss::linear_part(x[i], smoothed(vector.target[i]));
+            Real e = exp_nonpositive(-absolute(x[i]));
+            e = observed >> i & 1u ? e : Real(0);
+            part = observed >> i & 1u ? part : Real(0);
             q = q * e + (q + e);
             linear += part;
           }
@@ -162,14 +155,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
 template <class Loss, class Scalar, Mode kMode>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
     pointwise_backward(const PointwiseProblem problem, const Loss loss, const Units units,
-                       const BackwardInput input, Scalar* __restrict__ grad_input) {  // [N, C]
+                       const BackwardInput input,
+                       Scalar* grad_input,  // [N, C]; may be the logits
+                       const int64_t grad_row_stride) {
   using Real = typename Loss::Real;
   constexpr int kCount = kWidth<Scalar>;
   constexpr int kUnroll =
       is_soft(kMode) ? 1 : kPerThread / kCount;  // reading any dtype is long code
   using Tiles = LabelTiles<Real, kCount, is_soft(kMode)>;
-  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kTileWidth / 32);
-  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kTileWidth / 32);
+  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kBitmapWords);
+  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kBitmapWords);
   MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, is_soft(kMode)>::kValues));
 
   Tiles labels(problem, target_bitmap, mask_bitmap, values);
@@ -177,13 +172,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
   const Strided& grad_output = input.grad_output;
   const bool uniform = grad_output.row_stride == 0 && grad_output.column_stride == 0;
   Real scale = static_cast<Real>(*input.scale);
-  if (uniform) {
+  if (uniform && grad_output.data != nullptr) {
     scale = static_cast<Real>(*input.scale *
                               load_one<double>(grad_output.data, grad_output.element, 0));
   }
   for (int64_t unit = blockIdx.x; unit < units.count; unit += gridDim.x) {
     const Segment<Scalar> segment(problem, units, unit);
-    Scalar* gradient_row = grad_input + segment.row * problem.columns;
+    Scalar* gradient_row = grad_input + segment.row * grad_row_stride;
     labels.start_row(segment.row, segment.shift);
     for (int64_t begin = segment.begin; begin < segment.end; begin += kTileWidth) {
       labels.start_tile(begin);
@@ -230,11 +225,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
         } else {
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
-            gradient[i] =
+            const Real value =
                 scale * loss.gradient(x[i], vector.positive >> i & 1u, Loss::Parameters::ones());
-            if constexpr (is_masked(kMode)) {
-              gradient[i] = vector.observed >> i & 1u ? gradient[i] : Real(0);
-            }
+            gradient[i] = vector.observed >> i & 1u ? value : Real(0);
           }
         }
         store_gradients(gradient_row, column, extent, gradient);
@@ -249,11 +242,9 @@ inline Mode mode_of(const PointwiseProblem& problem, bool per_element) {
   if (per_element || problem.weight.data != nullptr || problem.has_parameters()) {
     return Mode::kGeneral;
   }
+  if (!needs_soft(problem) && problem.label_smoothing == 0) return Mode::kHard;
   const bool masked = problem.mask.data != nullptr || problem.has_ignored;
-  if (needs_soft(problem) || problem.label_smoothing != 0) {
-    return masked ? Mode::kSoftMasked : Mode::kSoft;
-  }
-  return masked ? Mode::kHardMasked : Mode::kHard;
+  return masked ? Mode::kSoftMasked : Mode::kSoft;
 }
 
 template <Mode kMode>
@@ -261,25 +252,21 @@ struct ModeConstant {
   static constexpr Mode value = kMode;
 };
 
+// Whether a problem is one for the kernels of softplus.cuh.
+template <class Loss, class Scalar>
+bool is_softplus(Mode mode) {
+  return Loss::kIsSoftplus && sizeof(Scalar) < 8 && mode == Mode::kHard;
+}
+
 // Calls run(ModeConstant<mode>). fp64 has the general kernel only: it is there for checks. Losses
 // whose arithmetic outweighs the reading of labels have two.
 template <class Loss, class Scalar, class Run>
 cudaError_t dispatch_mode(Mode mode, const Run& run) {
   if constexpr (sizeof(Scalar) < 8 && Loss::kIsSoftplus) {
-    switch (mode) {
-      case Mode::kHard:
-        return run(ModeConstant<Mode::kHard>{});
-      case Mode::kHardMasked:
-        return run(ModeConstant<Mode::kHardMasked>{});
-      case Mode::kSoft:
-        return run(ModeConstant<Mode::kSoft>{});
-      case Mode::kSoftMasked:
-        return run(ModeConstant<Mode::kSoftMasked>{});
-      case Mode::kGeneral:
-        break;
-    }
+    if (mode == Mode::kSoft) return run(ModeConstant<Mode::kSoft>{});
+    if (mode == Mode::kSoftMasked) return run(ModeConstant<Mode::kSoftMasked>{});
   } else if constexpr (sizeof(Scalar) < 8) {
-    if (!is_soft(mode)) return run(ModeConstant<Mode::kHardMasked>{});
+    if (mode == Mode::kHard) return run(ModeConstant<Mode::kHard>{});
   }
   return run(ModeConstant<Mode::kGeneral>{});
 }
@@ -290,15 +277,61 @@ constexpr int64_t kPointwiseWorkspace = kReductionBlocks * sizeof(PartialSum);
 template <class Loss, class Scalar>
 cudaError_t launch_forward_over_tiles(const PointwiseProblem& problem, typename Loss::Real* losses,
                                       PartialSum* partial, dim3 grid, cudaStream_t stream) {
+  const Mode mode = mode_of(problem, losses != nullptr);
+  if constexpr (sizeof(Scalar) < 8) {
+    if (is_softplus<Loss, Scalar>(mode)) {
+      return launch_softplus<Scalar, Pass::kForward>(problem, {partial}, kReductionBlocks, stream);
+    }
+  }
   const Units units = units_of(problem);
   const auto run = [&](auto mode) {
     constexpr Mode kMode = decltype(mode)::value;
     return MLLOSS_LAUNCH((pointwise_forward<Loss, Scalar, kMode>), grid, dim3(kThreads), stream,
                          problem, Loss::from(problem), units, losses, partial);
   };
-  return dispatch_mode<Loss, Scalar>(mode_of(problem, losses != nullptr), run);
+  return dispatch_mode<Loss, Scalar>(mode, run);
 }
 
+// `gradient` [N, C], with a row stride; it may be the logits.
+template <class Loss, class Scalar>
+cudaError_t launch_backward_over_tiles(const PointwiseProblem& problem, const BackwardInput& input,
+                                       void* gradient, int64_t row_stride, cudaStream_t stream) {
+  const Strided& upstream = input.grad_output;
+  const Mode mode = mode_of(problem, upstream.row_stride != 0 || upstream.column_stride != 0);
+  if constexpr (sizeof(Scalar) < 8) {
+    if (is_softplus<Loss, Scalar>(mode)) {
+      const SoftplusOutput output{nullptr,     gradient,      row_stride,
+                                  input.scale, upstream.data, upstream.element};
+      return launch_softplus<Scalar, Pass::kBackward>(problem, output, kMaxBlocks, stream);
+    }
+  }
+  const Units units = units_of(problem);
+  const auto run = [&](auto mode) {
+    constexpr Mode kMode = decltype(mode)::value;
+    return MLLOSS_LAUNCH((pointwise_backward<Loss, Scalar, kMode>),
+                         grid_of(units.count, kMaxBlocks), dim3(kThreads), stream, problem,
+                         Loss::from(problem), units, input, static_cast<Scalar*>(gradient),
+                         row_stride);
+  };
+  return dispatch_mode<Loss, Scalar>(mode, run);
+}
+
+// Loss and gradient in one kernel.
+template <class Scalar>
+cudaError_t launch_one_pass(const PointwiseProblem& problem, const ForwardOutput& output,
+                            PartialSum* partial, cudaStream_t stream) {
+  cudaError_t error = launch_scale_of_softplus<Scalar>(problem, partial, output.scale, stream);
+  if (error != cudaSuccess) return error;
+  const SoftplusOutput results{partial, output.gradient, problem.row_stride, output.scale,
+                               output.gradient_scale};
+  error = launch_softplus<Scalar, Pass::kOnePass>(problem, results, kReductionBlocks, stream);
+  if (error != cudaSuccess) return error;
+  const dim3 grid = grid_of(units_of(problem).count, kReductionBlocks);
+  return launch_finish<float>(problem, partial, grid, output, stream);
+}
+
+// With output.gradient, sigmoid cross-entropy of hard targets takes one pass; others follow with
+// their backward pass at once.
 template <class Loss, class Scalar>
 cudaError_t launch_pointwise_forward(PointwiseProblem problem, const ForwardOutput& output,
                                      void* workspace, cudaStream_t stream) {
@@ -307,12 +340,26 @@ cudaError_t launch_pointwise_forward(PointwiseProblem problem, const ForwardOutp
   auto* partial = static_cast<PartialSum*>(workspace);
   auto* losses = problem.reduction == Reduction::kNone ? static_cast<Real*>(output.loss) : nullptr;
   const bool by_entries = problem.target.format == Format::kObserved;
+  const bool wants_gradient =
+      output.gradient != nullptr && problem.rows > 0 && problem.columns > 0;
+  if constexpr (sizeof(Scalar) < 8) {
+    if (wants_gradient && !by_entries && is_softplus<Loss, Scalar>(mode_of(problem, false))) {
+      return launch_one_pass<Scalar>(problem, output, partial, stream);
+    }
+  }
   const dim3 grid = grid_of(by_entries ? problem.rows : units_of(problem).count, kReductionBlocks);
-  const cudaError_t error =
+  cudaError_t error =
       by_entries ? launch_forward_over_entries<Loss>(problem, losses, partial, grid, stream)
                  : launch_forward_over_tiles<Loss, Scalar>(problem, losses, partial, grid, stream);
   if (error != cudaSuccess) return error;
-  return launch_finish<Real>(problem, partial, grid, output, stream);
+  error = launch_finish<Real>(problem, partial, grid, output, stream);
+  if (error != cudaSuccess || !wants_gradient) return error;
+  const BackwardInput input{{output.gradient_scale, Element::kDouble, 0, 0}, output.scale, nullptr};
+  if (by_entries) {
+    return launch_entries_in_place<Loss, Scalar>(problem, input, output.gradient, stream);
+  }
+  return launch_backward_over_tiles<Loss, Scalar>(problem, input, output.gradient,
+                                                  problem.row_stride, stream);
 }
 
 template <class Loss, class Scalar>
@@ -324,17 +371,8 @@ cudaError_t launch_pointwise_backward(PointwiseProblem problem, const BackwardIn
   if (problem.target.format == Format::kObserved) {
     return launch_backward_over_entries<Loss, Scalar>(problem, input, output.grad_input, stream);
   }
-  const Units units = units_of(problem);
-  const bool per_element =
-      input.grad_output.row_stride != 0 || input.grad_output.column_stride != 0;
-  const auto run = [&](auto mode) {
-    constexpr Mode kMode = decltype(mode)::value;
-    return MLLOSS_LAUNCH((pointwise_backward<Loss, Scalar, kMode>),
-                         grid_of(units.count, kMaxBlocks), dim3(kThreads), stream, problem,
-                         Loss::from(problem), units, input,
-                         static_cast<Scalar*>(output.grad_input));
-  };
-  return dispatch_mode<Loss, Scalar>(mode_of(problem, per_element), run);
+  return launch_backward_over_tiles<Loss, Scalar>(problem, input, output.grad_input,
+                                                  problem.columns, stream);
 }
 
 }  // namespace mlloss::cuda

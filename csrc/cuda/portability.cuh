@@ -83,4 +83,36 @@ __host__ __device__ __forceinline__ float rcp_approx(float value) {
 #endif
 }
 
+// The larger of two numbers; NaN if one of them is.
+__host__ __device__ __forceinline__ float larger_or_nan(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+#else
+  return a > b || a != a ? a : b;
+#endif
+}
+
+// Bits [shift, shift + 32) of high:low, 0 <= shift < 32.
+__host__ __device__ __forceinline__ uint32_t funnel_shift_right(uint32_t low, uint32_t high,
+                                                                int shift) {
+#ifdef __CUDA_ARCH__
+  return __funnelshift_r(low, high, shift);
+#else
+  return static_cast<uint32_t>((static_cast<uint64_t>(high) << 32 | low) >> shift);
+#endif
+}
+
+// All bits of each half of `value` as its highest bit.
+__host__ __device__ __forceinline__ uint32_t spread_signs_of_halves(uint32_t value) {
+#ifdef __CUDA_ARCH__
+  uint32_t result;
+  asm("prmt.b32 %0, %1, 0, 0xbb99;" : "=r"(result) : "r"(value));
+  return result;
+#else
+  return (value & 0x8000u ? 0xffffu : 0u) | (value & 0x80000000u ? 0xffff0000u : 0u);
+#endif
+}
+
 }  // namespace mlloss

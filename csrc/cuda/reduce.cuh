@@ -47,14 +47,18 @@ inline dim3 grid_of(int64_t units, int64_t most) {
   return dim3(static_cast<unsigned>(blocks > 0 ? blocks : 1));
 }
 
-// Adds up the partial sums in order and divides: one block.
+// Adds up the partial sums in order and divides: one block. Where `loss` is nullptr, only the scale
+// is written.
 template <class Real>
 __global__ void __launch_bounds__(kThreads)
     finish_reduction(const Reduction reduction, const int64_t batch,
-                     const double* __restrict__ normalizer,      // 0-d
-                     const PartialSum* __restrict__ partial,     // [blocks]
-                     const int blocks, Real* __restrict__ loss,  // 0-d
-                     double* __restrict__ scale) {               // 0-d
+                     const double* __restrict__ normalizer,   // 0-d
+                     const PartialSum* __restrict__ partial,  // [blocks]
+                     const int blocks,
+                     const double known,  // part of the denominator that was not counted
+                     Real* __restrict__ loss,     // 0-d or nullptr
+                     double* __restrict__ scale)  // 0-d
+{
   MLLOSS_SHARED_ARRAY(double, warps, kWarps);
   double total = 0, counted = 0;
   for (int i = threadIdx.x; i < blocks; i += kThreads) {
@@ -62,21 +66,29 @@ __global__ void __launch_bounds__(kThreads)
     counted += partial[i].denominator;
   }
   total = block_sum(total, warps);
-  counted = block_sum(counted, warps);
+  counted = block_sum(counted, warps) + known;
   if (threadIdx.x != 0) return;
   const double denominator = denominator_of(reduction, counted, batch, normalizer);
   *scale = scale_of(denominator);
-  if (reduction != Reduction::kNone) {
-    *loss = static_cast<Real>(denominator == 0 ? 0 : total / denominator);
-  }
+  if (loss != nullptr) *loss = static_cast<Real>(denominator == 0 ? 0 : total / denominator);
 }
 
 template <class Real>
 cudaError_t launch_finish(const Problem& problem, const PartialSum* partial, dim3 grid,
                           const ForwardOutput& output, cudaStream_t stream) {
+  auto* loss = problem.reduction == Reduction::kNone ? nullptr : static_cast<Real*>(output.loss);
   return MLLOSS_LAUNCH((finish_reduction<Real>), dim3(1), dim3(kThreads), stream, problem.reduction,
-                       problem.batch, problem.normalizer, partial, static_cast<int>(grid.x),
-                       static_cast<Real*>(output.loss), output.scale);
+                       problem.batch, problem.normalizer, partial, static_cast<int>(grid.x), 0.0,
+                       loss, output.scale);
+}
+
+// The scale alone, before the loss is known, of a denominator that is `known` or that partial sums
+// have counted.
+inline cudaError_t launch_scale(const Problem& problem, const PartialSum* partial, int blocks,
+                                double known, double* scale, cudaStream_t stream) {
+  return MLLOSS_LAUNCH((finish_reduction<float>), dim3(1), dim3(kThreads), stream,
+                       problem.reduction, problem.batch, problem.normalizer, partial, blocks, known,
+                       static_cast<float*>(nullptr), scale);
 }
 
 }  // namespace mlloss::cuda

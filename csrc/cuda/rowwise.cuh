@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
   constexpr int kCount = kWidth<Scalar>;
   constexpr int kUnroll = kSoft ? 1 : kPerThread / kCount;  // reading any dtype is long code
   using Tiles = LabelTiles<Real, kCount, kSoft>;
-  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kTileWidth / 32);
-  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kTileWidth / 32);
+  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kBitmapWords);
+  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kBitmapWords);
   MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, kSoft>::kValues));
   MLLOSS_SHARED_ARRAY(ScaledSum<Real>, warps, kWarps);
 
@@ -222,8 +222,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
   constexpr int kCount = kWidth<Scalar>;
   constexpr int kUnroll = kSoft ? 1 : kPerThread / kCount;  // reading any dtype is long code
   using Tiles = LabelTiles<Real, kCount, kSoft>;
-  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kTileWidth / 32);
-  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kTileWidth / 32);
+  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kBitmapWords);
+  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kBitmapWords);
   MLLOSS_SHARED_ARRAY(typename Tiles::Bits, values, (SharedLabels<Real, kSoft>::kValues));
 
   Tiles labels(problem, target_bitmap, mask_bitmap, values);

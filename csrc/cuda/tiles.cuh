@@ -19,6 +19,12 @@ constexpr int kTileWidth = kThreads * kPerThread;
 constexpr int kMaxTilesPerSegment = 16;
 constexpr int64_t kWantedUnits = 4096;
 constexpr int64_t kMaxSegmentsPerRow = 64;
+// Sparse labels of so many tiles become bitmaps at a time: the block waits for its threads once per
+// window, and the ids of a row are read once per window.
+constexpr int kWindowTiles = 8;
+constexpr int kWindow = kWindowTiles * kTileWidth;
+// A bit per label, and behind them a word with a bit per tile that has any.
+constexpr int kBitmapWords = kWindow / 32 + 1;
 // Asking for no more than this leaves every thread up to 128 registers (fp64: 255), so that nothing
 // is spilled.
 template <class Real>
@@ -77,8 +83,8 @@ struct VectorLabels {
   Real target[kCount];  // soft targets, NaN where invalid
 };
 
-// Shared memory of sparse labels. Of a target or mask a tile's labels become a bitmap; of soft
-// targets, an array of numbers.
+// Shared memory of sparse labels. Of a target or mask a window's labels become a bitmap; of soft
+// targets, a tile's become an array of numbers.
 template <class Real, bool kSoft>
 struct SharedLabels {
   using Bits = unsigned;
@@ -110,9 +116,10 @@ class LabelTiles {
  public:
   using Bits = typename SharedLabels<Real, kSoft>::Bits;
 
-  // The arrays are in shared memory: bitmaps [kTileWidth / 32], values [SharedLabels::kValues].
-  __device__ __forceinline__ LabelTiles(const Problem& problem, unsigned* target_bitmap,
-                                        unsigned* mask_bitmap, Bits* values)
+  // The arrays are in shared memory; values [SharedLabels::kValues].
+  __device__ __forceinline__ LabelTiles(const Problem& problem,
+                                        unsigned (&target_bitmap)[kBitmapWords],
+                                        unsigned (&mask_bitmap)[kBitmapWords], Bits* values)
       : problem_(problem),
         target_bitmap_(target_bitmap),
         mask_bitmap_(mask_bitmap),
@@ -121,22 +128,26 @@ class LabelTiles {
   __device__ __forceinline__ void start_row(int64_t row, int shift) {
     row_ = row;
     shift_ = shift;
+    window_begin_ = -1;
     mask_is_valid_ = find_entries(problem_.mask, mask_first_, mask_last_);
     is_valid_ = find_entries(problem_.target, target_first_, target_last_) && mask_is_valid_;
   }
 
-  // All threads of the block call this before they ask for vectors of the tile at `begin`.
+  // All threads of the block call this before they ask for vectors of the tile at `begin`; tiles of a
+  // row follow each other.
   __device__ __forceinline__ void start_tile(int64_t begin) {
     begin_ = begin;
     const bool sparse_target = target_first_ < target_last_;
     const bool sparse_mask = problem_.mask.format == Format::kSparse;
     if (!mask_is_valid_ || (!sparse_target && !sparse_mask)) return;
-    __syncthreads();  // the previous tile has been read
-    for (int i = threadIdx.x; i < kTileWidth / 32; i += kThreads) {
+    const bool has_values = kSoft && problem_.target.values != nullptr;
+    if (window_begin_ >= 0 && begin < window_begin_ + (has_values ? kTileWidth : kWindow)) return;
+    window_begin_ = begin;
+    __syncthreads();  // the previous window has been read
+    for (int i = threadIdx.x; i < kBitmapWords; i += kThreads) {
       target_bitmap_[i] = 0;
       mask_bitmap_[i] = 0;
     }
-    const bool has_values = kSoft && problem_.target.values != nullptr;
     if (has_values) {
       for (int i = threadIdx.x; i < kTileWidth; i += kThreads) values_[i] = 0;
     }
@@ -149,15 +160,26 @@ class LabelTiles {
       if (bad_target) out_of_range |= kBadTarget;
     }
     if (mark_bits(problem_.mask, mask_first_, mask_last_, mask_bitmap_)) out_of_range |= kBadMask;
+    if (!__syncthreads_or(out_of_range)) return;
     const bool any_bad_mask = __syncthreads_or(out_of_range & kBadMask);
     const bool any_bad_target = __syncthreads_or(out_of_range & kBadTarget);
     mask_is_valid_ = !any_bad_mask;
     is_valid_ = is_valid_ && !any_bad_target && !any_bad_mask;
   }
 
-  // False if the labels of this row cannot be told; its observed elements are NaN then. Every tile
-  // looks at all entries of the row, so all tiles agree.
+  // Whether a sparse target without values has entries in this tile.
+  __device__ __forceinline__ bool tile_has_positives() const {
+    if (target_first_ == target_last_) return false;
+    return target_bitmap_[kBitmapWords - 1] >> ((begin_ - window_begin_) / kTileWidth) & 1u;
+  }
+
+  // False if the labels of this row cannot be told; its observed elements are NaN then. Every
+  // window looks at all entries of the row, so all tiles agree.
   __device__ __forceinline__ bool is_valid() const { return is_valid_; }
+
+  // Of the tile: bit `offset` of the bitmaps, which are byte by byte in the order of labels.
+  __device__ __forceinline__ const uint8_t* target_bytes() const { return bytes_of(target_bitmap_); }
+  __device__ __forceinline__ const uint8_t* mask_bytes() const { return bytes_of(mask_bitmap_); }
 
   // Labels of the vector at `offset` within the tile, of whose elements `extent` are in the row.
   __device__ __forceinline__ VectorLabels<Real, kCount> vector(int offset, Extent extent) const {
@@ -196,16 +218,17 @@ class LabelTiles {
     return first >= 0 && first <= last && last <= labels.entries;
   }
 
-  // Sets the bits of the entries within this tile; returns whether an index is out of range.
+  // Sets the bits of the entries within this window; returns whether an index is out of range.
   __device__ __forceinline__ bool mark_bits(const Labels& labels, int64_t first, int64_t last,
                                             unsigned* bitmap) const {
     bool out_of_range = false;
     for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
       const int64_t column = index_at(labels.data, labels.element, i);
-      const int64_t place = column + shift_ - begin_;
+      const int64_t place = column + shift_ - window_begin_;
       out_of_range |= column >= problem_.columns;
-      if (column >= 0 && column < problem_.columns && place >= 0 && place < kTileWidth) {
+      if (column >= 0 && column < problem_.columns && place >= 0 && place < kWindow) {
         atomicOr(&bitmap[place / 32], 1u << (place % 32));
+        atomicOr(&bitmap[kBitmapWords - 1], 1u << (place / kTileWidth));
       }
     }
     return out_of_range;
@@ -231,7 +254,12 @@ class LabelTiles {
   }
 
   __device__ __forceinline__ uint32_t bitmap_at(const unsigned* bitmap, int offset) const {
-    return (bitmap[offset / 32] >> (offset % 32)) & ((1u << kCount) - 1u);
+    const int place = static_cast<int>(begin_ - window_begin_) + offset;
+    return (bitmap[place / 32] >> (place % 32)) & ((1u << kCount) - 1u);
+  }
+
+  __device__ __forceinline__ const uint8_t* bytes_of(const unsigned* bitmap) const {
+    return reinterpret_cast<const uint8_t*>(bitmap) + (begin_ - window_begin_) / 8;
   }
 
   __device__ __forceinline__ const uint8_t* address_of(const Labels& labels, int64_t column) const {
@@ -304,6 +332,7 @@ class LabelTiles {
   int64_t row_ = 0;
   int shift_ = 0;
   int64_t begin_ = 0;
+  int64_t window_begin_ = -1;
   bool is_valid_ = true;
   bool mask_is_valid_ = true;
   int64_t target_first_ = 0, target_last_ = 0;

@@ -103,13 +103,12 @@ MLLOSS_MATH float log_of_sum(float u, float lost) {
 // e^x for x <= 0 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
 MLLOSS_MATH float exp_nonpositive(float x) {
 #if MLLOSS_DEVICE_MATH
-  // log2(e) as a sum of two numbers, and what rounding the product drops: unmended, it would be a
-  // relative error of 2^-24 |x| log2(e), which sums of confident negatives keep.
-  const float exponent = x * 1.44269504f;
-  const float dropped = fmaf(x, 1.92596303e-8f, fmaf(x, 1.44269504f, -exponent));
-  const float power = exp2_approx(exponent);
-  // There is nothing to mend for infinite x, where `dropped` is NaN.
-  return absolute(exponent) < kInfinity<float> ? fmaf(power, dropped * 0.693147182f, power) : power;
+  // 2^t, t = x log2(e) rounded: what rounding has changed, up to 2^-24 |t|, is a relative error that
+  // sums of confident negatives would keep, and is mended. The bound keeps infinity out of that.
+  const float bounded = larger_or_nan(x, -126.0f);
+  const float t = bounded * 1.44269504f;
+  const float power = exp2_approx(t);
+  return fmaf(power, fmaf(t, -0.693147182f, bounded), power);
 #else
   const ExponentialParts parts = exponential_parts(x);
   return x < -87.3365448f ? 0.0f : (parts.rest + 1.0f) * parts.power;
