@@ -8,6 +8,7 @@
 // GPU yet.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 
 #include "cuda/reduce.cuh"
 #include "cuda/tiles.cuh"
@@ -43,12 +44,11 @@ inline constexpr uint32_t kRawNaN<__nv_bfloat16> = 0x7fc07fc0u;
 template <>
 inline constexpr uint32_t kRawNaN<__half> = 0x7e007e00u;
 
-// The bits of a vector's elements in the order in which signs_of_word() shifts them into place: of
-// two numbers in a word, 16 apart.
+// The bits of a vector's elements as signs_of_word() shifts them into place: of two numbers in a
+// word, neighbouring bits come to lie 16 apart.
 template <class Scalar>
 __device__ __forceinline__ uint32_t spread(uint32_t bits) {
-  if constexpr (RawLogits<Scalar>::kPerWord == 1) return bits;
-  return (bits & 0x55u) | (bits & 0xaau) << 15;
+  return RawLogits<Scalar>::kPerWord == 1 ? bits : bits * 0x8001u;
 }
 
 // The sign bits of the elements in word j are those elements' bits; the other bits are anything.
@@ -129,112 +129,158 @@ __device__ __forceinline__ uint32_t nonzero_bytes(uint32_t bytes) {
   return flags * 0x00204081u >> 28;
 }
 
-// The words of packed labels around [column, column + kCount), and of bytes around `address`: three
-// aligned words at most. The caller knows that they are within the row.
-template <int kCount, int kVectors>
-__device__ __forceinline__ void load_packed_bits(const uint32_t* words, int64_t column,
-                                                 uint32_t (&bits)[kVectors]) {
-  const uint32_t* first = words + column / 32;
-  const uint32_t* last = words + (column + kCount - 1) / 32;  // there may be no word behind `first`
-  const int shift = static_cast<int>(column % 32);
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    constexpr int kStep = kThreads * kCount / 32;
-    bits[k] = funnel_shift_right(first[k * kStep], last[k * kStep], shift);
-  }
-}
+// What a block takes at once where all of it is in the row: of 16-bit numbers, whose time is that of
+// instructions rather than bytes, two tiles, so that addresses and loops cost little.
+template <class Scalar>
+constexpr int kInnerTiles = sizeof(Scalar) == 2 ? 2 : 1;
 
-template <int kCount, int kVectors>
-__device__ __forceinline__ void load_byte_bits(const uint8_t* bytes, uint32_t (&bits)[kVectors]) {
-  constexpr int kStep = kThreads * kCount;
-  constexpr int kWords = kCount / 4;
-  if (Vector<uint8_t, kCount>::is_aligned(bytes)) {  // the same for all threads
-    uint32_t word[kVectors][kWords];
+// The labels of a vector as they have been loaded.
+template <Source kSource, int kCount>
+struct RawLabels {
+  static constexpr bool kIsBytes = kSource == Source::kBytes;
+  static constexpr int kWords = kIsBytes ? kCount / 4 : 1;
+  uint32_t word[kWords];  // bytes, or bits
+
+  __device__ __forceinline__ uint32_t any() const {
+    if constexpr (kSource == Source::kNone) return 0;
+    return word[0] | word[kWords - 1];
+  }
+
+  __device__ __forceinline__ uint32_t bits() const {
+    if constexpr (!kIsBytes) return word[0];
+    return nonzero_bytes(word[0]) | (kWords > 1 ? nonzero_bytes(word[kWords - 1]) << 4 : 0);
+  }
+};
+
+// The labels of a thread's vectors along a row.
+template <Source kSource, int kCount>
+class LabelCursor {
+ public:
+  static constexpr uint32_t kElements = (1u << kCount) - 1u;
+  static constexpr int kStep = kThreads * kCount;  // from one vector of a thread to the next
+
+  // `column` is that of the thread's first vector, which may be in front of the row.
+  __device__ __forceinline__ LabelCursor(const Labels& labels, int64_t row, int64_t column) {
+    if constexpr (kSource == Source::kNone || kSource == Source::kBitmap) return;
+    is_packed_ = kSource == Source::kPacked ||
+                 (kSource == Source::kAny && labels.format == Format::kPacked);
+    is_bitmap_ = kSource == Source::kAny && labels.format == Format::kSparse;
+    if (is_packed_) {
+      const auto* words = static_cast<const uint32_t*>(labels.data) + row * labels.row_stride;
+      first_ = reinterpret_cast<const uint8_t*>(words + (column >> 5));
+      // There may be no word behind the first one.
+      last_ = reinterpret_cast<const uint8_t*>(words + ((column + kCount - 1) >> 5));
+      shift_ = static_cast<int>(column & 31);
+    } else if (!is_bitmap_) {
+      first_ = static_cast<const uint8_t*>(labels.data) + row * labels.row_stride + column;
+      is_whole_ = reinterpret_cast<uintptr_t>(first_) % kCount == 0;
+      shift_ = 8 * static_cast<int>(reinterpret_cast<uintptr_t>(first_) % 4);
+      if (!is_whole_) first_ -= shift_ / 8;
+    }
+  }
+
+  __device__ __forceinline__ void advance(int positions) {
+    if constexpr (kSource == Source::kNone || kSource == Source::kBitmap) return;
+    const int bytes = is_packed_ ? positions / 8 : positions;
+    first_ += bytes;
+    if constexpr (kSource != Source::kBytes) last_ += bytes;
+  }
+
+  // Vectors from here on; `bitmap` holds their labels, if they are sparse.
+  template <int kVectors>
+  __device__ __forceinline__ void load(const uint8_t* bitmap,
+                                       RawLabels<kSource, kCount> (&labels)[kVectors]) const {
+    if constexpr (kSource == Source::kPacked) load_packed(labels);
+    if constexpr (kSource == Source::kBytes) load_bytes(labels);
+    if constexpr (kSource == Source::kBitmap) load_bitmap(bitmap, labels);
+    if constexpr (kSource == Source::kAny) {
+      if (is_packed_) {
+        load_packed(labels);
+      } else if (is_bitmap_) {
+        load_bitmap(bitmap, labels);
+      } else {
+        RawLabels<Source::kBytes, kCount> bytes[kVectors];
+        load_bytes(bytes);
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) labels[k].word[0] = bytes[k].bits();
+      }
+    }
+  }
+
+ private:
+  template <int kVectors>
+  __device__ __forceinline__ static void load_bitmap(const uint8_t* bitmap,
+                                                     RawLabels<kSource, kCount> (&labels)[kVectors]) {
+    const int offset = static_cast<int>(threadIdx.x) * kCount;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      if constexpr (kWords == 2) {
-        const uint2 pair = *reinterpret_cast<const uint2*>(bytes + k * kStep);
-        word[k][0] = pair.x;
-        word[k][1] = pair.y;
-      } else {
-        word[k][0] = *reinterpret_cast<const uint32_t*>(bytes + k * kStep);
+      const uint32_t byte = bitmap[offset / 8 + k * (kStep / 8)];
+      labels[k].word[0] = kCount < 8 ? byte >> offset % 8 & kElements : byte;
+    }
+  }
+
+  template <int kVectors>
+  __device__ __forceinline__ void load_packed(RawLabels<kSource, kCount> (&labels)[kVectors]) const {
+    constexpr int kBytes = kStep / 8;
+    uint32_t low[kVectors], high[kVectors];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      low[k] = *reinterpret_cast<const uint32_t*>(first_ + k * kBytes);
+      high[k] = *reinterpret_cast<const uint32_t*>(last_ + k * kBytes);
+    }
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      labels[k].word[0] = funnel_shift_right(low[k], high[k], shift_) & kElements;
+    }
+  }
+
+  template <int kVectors>
+  __device__ __forceinline__ void load_bytes(
+      RawLabels<Source::kBytes, kCount> (&labels)[kVectors]) const {
+    constexpr int kWords = kCount / 4;
+    if (is_whole_) {  // the same for all threads
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        Vector<uint8_t, kCount> vector;
+        vector.load(first_ + k * kStep);
+        memcpy(labels[k].word, vector.element, sizeof labels[k].word);
+      }
+      return;
+    }
+    uint32_t around[kVectors][kWords + 1];
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+#pragma unroll
+      for (int w = 0; w <= kWords; ++w) {
+        around[k][w] = *reinterpret_cast<const uint32_t*>(first_ + k * kStep + 4 * w);
       }
     }
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      bits[k] = nonzero_bytes(word[k][0]);
-      if constexpr (kWords == 2) bits[k] |= nonzero_bytes(word[k][1]) << 4;
-    }
-  } else {
-    const int excess = static_cast<int>(reinterpret_cast<uintptr_t>(bytes) % 4);
-    const auto* words = reinterpret_cast<const uint32_t*>(bytes - excess);
-    uint32_t word[kVectors][kWords + 1];
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-#pragma unroll
-      for (int w = 0; w <= kWords; ++w) word[k][w] = words[k * (kStep / 4) + w];
-    }
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-      bits[k] = 0;
 #pragma unroll
       for (int w = 0; w < kWords; ++w) {
-        const uint32_t both = funnel_shift_right(word[k][w], word[k][w + 1], 8 * excess);
-        bits[k] |= nonzero_bytes(both) << (4 * w);
+        labels[k].word[w] = funnel_shift_right(around[k][w], around[k][w + 1], shift_);
       }
     }
   }
+
+  const uint8_t* first_ = nullptr;
+  const uint8_t* last_ = nullptr;
+  int shift_ = 0;
+  bool is_whole_ = true;  // bytes that are aligned
+  bool is_packed_ = false, is_bitmap_ = false;
+};
+
+// Whether the bytes of dense labels follow each other.
+__device__ __forceinline__ bool is_in_order(const Labels& labels) {
+  return labels.data == nullptr || labels.format != Format::kDense || labels.column_stride == 1;
 }
 
-// `bitmap` holds the tile's labels; `offset` is that of the thread's first vector in the tile.
-template <int kCount, int kVectors>
-__device__ __forceinline__ void load_bitmap_bits(const uint8_t* bitmap, int offset,
-                                                 uint32_t (&bits)[kVectors]) {
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    bits[k] = static_cast<uint32_t>(bitmap[offset / 8 + k * (kThreads * kCount / 8)]) >> offset % 8;
-  }
-}
-
-// The bits of a thread's vectors of a tile that lies within the row, `column` and `offset` those of
-// the first one. Bits beyond the elements of a vector are anything.
-template <Source kSource, int kCount, int kVectors>
-__device__ __forceinline__ void load_bits_of_tile(const Labels& labels, const uint8_t* bitmap,
-                                                  int64_t row, int64_t column, int offset,
-                                                  uint32_t (&bits)[kVectors]) {
-  const auto packed = [&] {
-    const auto* words = static_cast<const uint32_t*>(labels.data) + row * labels.row_stride;
-    load_packed_bits<kCount>(words, column, bits);
-  };
-  const auto bytes = [&] {
-    const auto* data = static_cast<const uint8_t*>(labels.data) + row * labels.row_stride;
-    load_byte_bits<kCount>(data + column, bits);
-  };
-  if constexpr (kSource == Source::kPacked) {
-    packed();
-  } else if constexpr (kSource == Source::kBytes) {
-    bytes();
-  } else if constexpr (kSource == Source::kBitmap) {
-    load_bitmap_bits<kCount>(bitmap, offset, bits);
-  } else if constexpr (kSource == Source::kAny) {
-    if (labels.format == Format::kPacked) {
-      packed();
-    } else if (labels.format == Format::kDense) {
-      bytes();
-    } else {
-      load_bitmap_bits<kCount>(bitmap, offset, bits);
-    }
-  }
-}
-
-// Whether whole vectors of labels in columns [begin, end) of a row can be loaded as words.
-__device__ __forceinline__ bool has_whole_words(const Labels& labels, int64_t row, int64_t begin,
-                                                int64_t end, int64_t columns) {
-  if (labels.data == nullptr || labels.format != Format::kDense) return true;
-  if (labels.column_stride != 1) return false;
-  const auto* bytes = static_cast<const uint8_t*>(labels.data) + row * labels.row_stride + begin;
-  // Aligned words stick out by up to three bytes, which others may own.
-  return reinterpret_cast<uintptr_t>(bytes) % 8 == 0 || (begin >= 4 && end + 4 <= columns);
+// How far the words that hold a vector's labels may reach beyond them, to either side.
+__device__ __forceinline__ int reach_of(const Labels& labels, int64_t row) {
+  if (labels.data == nullptr || labels.format != Format::kDense) return 0;
+  const auto* bytes = static_cast<const uint8_t*>(labels.data) + row * labels.row_stride;
+  return reinterpret_cast<uintptr_t>(bytes) % 4 == 0 ? 0 : 4;
 }
 
 // ---- The kernel ----
@@ -253,8 +299,9 @@ struct SoftplusOutput {
   Element upstream_element = Element::kDouble;
 };
 
-// Elements over which a thread collects the argument of one logarithm: q < 2^64.
-constexpr int kGroup = 64;
+// Elements from which on a thread takes the logarithm of what it has collected; it never has more
+// than kGroup + 31, so that q < 2^127.
+constexpr int kGroup = 96;
 
 // Makes every element a negative: the sign of positives is flipped, and what is not observed is
 // dropped.
@@ -354,45 +401,85 @@ struct Group {
   unsigned counted = 0;  // observed elements
 };
 
-// The thread's vectors of a tile all of which is in the row, and whose labels can be loaded as
-// words. `gradient` is that row's.
-template <class Scalar, Source kTarget, Source kMask, Pass kPass, class Tiles>
-__device__ __forceinline__ void pass_over_inner_tile(const PointwiseProblem& problem,
-                                                     const Segment<Scalar>& segment, int64_t begin,
-                                                     const Tiles& labels, Scalar* gradient,
-                                                     float scale, Group& group) {
+// A thread's vectors along a row.
+template <class Scalar, Source kTarget, Source kMask>
+struct TileCursor {
+  static constexpr int kCount = kWidth<Scalar>;
+  const Scalar* logits;
+  Scalar* gradient;
+  LabelCursor<kTarget, kCount> target;
+  LabelCursor<kMask, kCount> mask;
+
+  // At the tile that begins at `begin`; `gradient_row` is nullptr in a pass without a gradient.
+  __device__ __forceinline__ TileCursor(const PointwiseProblem& problem,
+                                        const Segment<Scalar>& segment, int64_t begin,
+                                        Scalar* gradient_row)
+      : TileCursor(problem, segment, gradient_row,
+                   begin - segment.shift + static_cast<int>(threadIdx.x) * kCount) {}
+
+  __device__ __forceinline__ void advance(int positions) {
+    logits += positions;
+    gradient += positions;
+    target.advance(positions);
+    mask.advance(positions);
+  }
+
+ private:
+  __device__ __forceinline__ TileCursor(const PointwiseProblem& problem,
+                                        const Segment<Scalar>& segment, Scalar* gradient_row,
+                                        int64_t column)
+      : logits(segment.logits + column),
+        gradient(gradient_row + column),
+        target(problem.target, segment.row, column),
+        mask(problem.mask, segment.row, column) {}
+};
+
+// The thread's vectors of an inner stretch of the row.
+template <Pass kPass, class Scalar, Source kTarget, Source kMask, class Tiles>
+__device__ __forceinline__ void pass_over_inner_tiles(
+    const TileCursor<Scalar, kTarget, kMask>& cursor, const Tiles& labels, float scale,
+    Group& group) {
   constexpr int kCount = kWidth<Scalar>;
-  constexpr int kVectors = kPerThread / kCount;
+  constexpr int kVectors = kInnerTiles<Scalar> * kPerThread / kCount;
   constexpr int kStep = kThreads * kCount;
-  constexpr bool kTargets = kTarget != Source::kNone;
   constexpr bool kMasked = kMask != Source::kNone;
-  const int offset = static_cast<int>(threadIdx.x) * kCount;
-  const int64_t column = begin + offset - segment.shift;
   // All loads come first, so that they are on their way together.
   RawLogits<Scalar> logits[kVectors];
-  uint32_t positive[kVectors] = {}, observed[kVectors] = {};
+  RawLabels<kTarget, kCount> targets[kVectors];
+  RawLabels<kMask, kCount> masks[kVectors];
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) load_raw(segment.logits + column + k * kStep, logits[k]);
-  load_bits_of_tile<kTarget, kCount>(problem.target, labels.target_bytes(), segment.row, column,
-                                     offset, positive);
-  load_bits_of_tile<kMask, kCount>(problem.mask, labels.mask_bytes(), segment.row, column, offset,
-                                   observed);
+  for (int k = 0; k < kVectors; ++k) load_raw(cursor.logits + k * kStep, logits[k]);
+  cursor.target.load(labels.target_bytes(), targets);
+  cursor.mask.load(labels.mask_bytes(), masks);
+  const auto pass = [&](auto has_positives) {
+    constexpr bool kTargets = decltype(has_positives)::value;
 #pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    pass_over_vector<kPass, kTargets, kMasked>(logits[k], positive[k], observed[k], scale, group.q,
-                                               group.linear);
-    if constexpr (has_loss(kPass)) {
-      group.counted += kMasked ? __popc(observed[k] & ((1u << kCount) - 1u)) : kCount;
+    for (int k = 0; k < kVectors; ++k) {
+      const uint32_t positive = kTargets ? targets[k].bits() : 0u;
+      const uint32_t observed = kMasked ? masks[k].bits() : 0u;
+      pass_over_vector<kPass, kTargets, kMasked>(logits[k], positive, observed, scale, group.q,
+                                                 group.linear);
+      if constexpr (has_loss(kPass)) group.counted += kMasked ? __popc(observed) : kCount;
     }
+  };
+  uint32_t any = 0;
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) any |= targets[k].any();
+  // Of many labels few are positive: most warps have none, and nothing to flip.
+  if (__any_sync(kFullWarp, any != 0)) {
+    pass(std::true_type{});
+  } else {
+    pass(std::false_type{});
   }
   if constexpr (has_gradient(kPass)) {
-    Scalar* out = gradient + column;
-    if (reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+    if (reinterpret_cast<uintptr_t>(cursor.gradient) % 16 == 0) {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) store_raw(logits[k], out + k * kStep);
+      for (int k = 0; k < kVectors; ++k) store_raw(logits[k], cursor.gradient + k * kStep);
     } else {
 #pragma unroll
-      for (int k = 0; k < kVectors; ++k) store_raw(logits[k], {0, kCount}, out + k * kStep);
+      for (int k = 0; k < kVectors; ++k) {
+        store_raw(logits[k], {0, kCount}, cursor.gradient + k * kStep);
+      }
     }
   }
 }
@@ -449,40 +536,52 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
                                 : load_one<double>(output.upstream, output.upstream_element, 0);
     scale = static_cast<float>(*output.scale * upstream);
   }
+  const bool has_bytes_in_order = is_in_order(problem.target) && is_in_order(problem.mask);
   double total = 0, denominator = 0;
   for (int64_t unit = blockIdx.x; unit < units.count; unit += gridDim.x) {
     const Segment<Scalar> segment(problem, units, unit);
     Scalar* gradient = static_cast<Scalar*>(output.gradient);
     if constexpr (has_gradient(kPass)) gradient += segment.row * output.gradient_row_stride;
     labels.start_row(segment.row, segment.shift);
+    const int reach = max(reach_of(problem.target, segment.row), reach_of(problem.mask, segment.row));
+    constexpr int kInnerPerThread = kInnerTiles<Scalar> * kPerThread;
+    constexpr int kInnerWidth = kInnerTiles<Scalar> * kTileWidth;
+    const int64_t inner_begin = segment.shift + reach;
+    const int64_t inner_end =
+        has_bytes_in_order ? problem.columns + segment.shift - reach : INT64_MIN;
+    TileCursor<Scalar, kTarget, kMask> cursor(problem, segment, segment.begin, gradient);
     Group group;
     int collected = 0;
-    for (int64_t begin = segment.begin; begin < segment.end; begin += kTileWidth) {
-      labels.start_tile(begin);
-      const int64_t first = begin - segment.shift, last = first + kTileWidth;
-      const bool is_inner =
-          first >= 0 && last <= problem.columns && labels.is_valid() &&
-          has_whole_words(problem.target, segment.row, first, last, problem.columns) &&
-          has_whole_words(problem.mask, segment.row, first, last, problem.columns);
-      if (!is_inner) {
-        pass_over_edge_tile<Scalar, kPass>(problem, segment, begin, labels, gradient, scale, group);
-      } else if (kTarget == Source::kBitmap && !labels.tile_has_positives()) {
-        // Most tiles of a row with many labels.
-        pass_over_inner_tile<Scalar, Source::kNone, kMask, kPass>(problem, segment, begin, labels,
-                                                                  gradient, scale, group);
-      } else {
-        pass_over_inner_tile<Scalar, kTarget, kMask, kPass>(problem, segment, begin, labels,
-                                                            gradient, scale, group);
-      }
+    const auto collect = [&](int elements) {
       if constexpr (has_loss(kPass)) {
-        collected += kPerThread;
-        if (collected < kGroup && begin + kTileWidth < segment.end) continue;
+        collected += elements;
+        if (collected < kGroup) return;
         total += group.linear + log1p_nonnegative(group.q);
         denominator += group.counted;
         group = {};
         collected = 0;
       }
+    };
+    for (int64_t begin = segment.begin; begin < segment.end;) {
+      labels.start_tile(begin);
+      const int64_t end = min(inner_end, min(labels.window_end(), segment.end));
+      const bool is_inner = labels.is_valid() && begin >= inner_begin && begin + kInnerWidth <= end;
+      if (is_inner) {
+        int passes = static_cast<int>((end - begin) / kInnerWidth);
+        begin += int64_t(passes) * kInnerWidth;
+        for (; passes > 0; --passes) {
+          pass_over_inner_tiles<kPass>(cursor, labels, scale, group);
+          cursor.advance(kInnerWidth);
+          collect(kInnerPerThread);
+        }
+      } else {
+        pass_over_edge_tile<Scalar, kPass>(problem, segment, begin, labels, gradient, scale, group);
+        cursor.advance(kTileWidth);
+        begin += kTileWidth;
+        collect(kPerThread);
+      }
     }
+    collect(kGroup);
   }
   if constexpr (has_loss(kPass)) {
     total = block_sum(total, warps);
@@ -498,34 +597,23 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
     count_observed(const PointwiseProblem problem, const Units units,
                    PartialSum* __restrict__ partial) {  // [gridDim.x]
   constexpr int kCount = kWidth<Scalar>;
-  constexpr int kVectors = kPerThread / kCount;
   MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kBitmapWords);
   MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kBitmapWords);
   MLLOSS_SHARED_ARRAY(double, warps, kWarps);
 
   LabelTiles<float, kCount, false> labels(problem, target_bitmap, mask_bitmap, nullptr);
-  const int offset = static_cast<int>(threadIdx.x) * kCount;
   int64_t counted = 0;
   for (int64_t unit = blockIdx.x; unit < units.count; unit += gridDim.x) {
     const Segment<Scalar> segment(problem, units, unit);
     labels.start_row(segment.row, segment.shift);
     for (int64_t begin = segment.begin; begin < segment.end; begin += kTileWidth) {
       labels.start_tile(begin);
-      const int64_t first = begin - segment.shift, last = first + kTileWidth;
-      uint32_t observed[kVectors];
-      if (first >= 0 && last <= problem.columns && labels.is_valid() &&
-          has_whole_words(problem.mask, segment.row, first, last, problem.columns)) {
-        load_bits_of_tile<Source::kAny, kCount>(problem.mask, labels.mask_bytes(), segment.row,
-                                                first + offset, offset, observed);
-#pragma unroll
-        for (int k = 0; k < kVectors; ++k) counted += __popc(observed[k] & ((1u << kCount) - 1u));
-        continue;
-      }
-      for (int k = 0; k < kVectors; ++k) {
-        const int64_t column = first + offset + k * kThreads * kCount;
-        const Extent extent = extent_of<kCount>(column, problem.columns);
+      for (int k = 0; k < kPerThread / kCount; ++k) {
+        const int offset = (k * kThreads + static_cast<int>(threadIdx.x)) * kCount;
+        const Extent extent =
+            extent_of<kCount>(begin + offset - segment.shift, problem.columns);
         if (extent.first >= extent.last) continue;
-        counted += __popc(labels.vector(offset + k * kThreads * kCount, extent).observed);
+        counted += __popc(labels.vector(offset, extent).observed);
       }
     }
   }

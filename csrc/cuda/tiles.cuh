@@ -23,8 +23,7 @@ constexpr int64_t kMaxSegmentsPerRow = 64;
 // window, and the ids of a row are read once per window.
 constexpr int kWindowTiles = 8;
 constexpr int kWindow = kWindowTiles * kTileWidth;
-// A bit per label, and behind them a word with a bit per tile that has any.
-constexpr int kBitmapWords = kWindow / 32 + 1;
+constexpr int kBitmapWords = kWindow / 32;
 // Asking for no more than this leaves every thread up to 128 registers (fp64: 255), so that nothing
 // is spilled.
 template <class Real>
@@ -167,10 +166,9 @@ class LabelTiles {
     is_valid_ = is_valid_ && !any_bad_target && !any_bad_mask;
   }
 
-  // Whether a sparse target without values has entries in this tile.
-  __device__ __forceinline__ bool tile_has_positives() const {
-    if (target_first_ == target_last_) return false;
-    return target_bitmap_[kBitmapWords - 1] >> ((begin_ - window_begin_) / kTileWidth) & 1u;
+  // Positions up to which sparse labels have been marked.
+  __device__ __forceinline__ int64_t window_end() const {
+    return window_begin_ < 0 ? INT64_MAX : window_begin_ + kWindow;
   }
 
   // False if the labels of this row cannot be told; its observed elements are NaN then. Every
@@ -228,7 +226,6 @@ class LabelTiles {
       out_of_range |= column >= problem_.columns;
       if (column >= 0 && column < problem_.columns && place >= 0 && place < kWindow) {
         atomicOr(&bitmap[place / 32], 1u << (place % 32));
-        atomicOr(&bitmap[kBitmapWords - 1], 1u << (place / kTileWidth));
       }
     }
     return out_of_range;
