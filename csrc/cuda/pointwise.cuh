@@ -340,8 +340,7 @@ cudaError_t launch_pointwise_forward(PointwiseProblem problem, const ForwardOutp
   auto* partial = static_cast<PartialSum*>(workspace);
   auto* losses = problem.reduction == Reduction::kNone ? static_cast<Real*>(output.loss) : nullptr;
   const bool by_entries = problem.target.format == Format::kObserved;
-  const bool wants_gradient =
-      output.gradient != nullptr && problem.rows > 0 && problem.columns > 0;
+  const bool wants_gradient = output.gradient != nullptr && problem.rows > 0 && problem.columns > 0;
   if constexpr (sizeof(Scalar) < 8) {
     if (wants_gradient && !by_entries && is_softplus<Loss, Scalar>(mode_of(problem, false))) {
       return launch_one_pass<Scalar>(problem, output, partial, stream);

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
                      const double* __restrict__ normalizer,   // 0-d
                      const PartialSum* __restrict__ partial,  // [blocks]
                      const int blocks,
-                     const double known,  // part of the denominator that was not counted
+                     const double known,          // part of the denominator that was not counted
                      Real* __restrict__ loss,     // 0-d or nullptr
                      double* __restrict__ scale)  // 0-d
 {

@@ -129,8 +129,8 @@ __device__ __forceinline__ uint32_t nonzero_bytes(uint32_t bytes) {
   return flags * 0x00204081u >> 28;
 }
 
-// What a block takes at once where all of it is in the row: of 16-bit numbers, whose time is that of
-// instructions rather than bytes, two tiles, so that addresses and loops cost little.
+// What a block takes at once where all of it is in the row: of 16-bit numbers, whose time is that
+// of instructions rather than bytes, two tiles, so that addresses and loops cost little.
 template <class Scalar>
 constexpr int kInnerTiles = sizeof(Scalar) == 2 ? 2 : 1;
 
@@ -161,17 +161,19 @@ class LabelCursor {
 
   // `column` is that of the thread's first vector, which may be in front of the row.
   __device__ __forceinline__ LabelCursor(const Labels& labels, int64_t row, int64_t column) {
-    if constexpr (kSource == Source::kNone || kSource == Source::kBitmap) return;
-    is_packed_ = kSource == Source::kPacked ||
-                 (kSource == Source::kAny && labels.format == Format::kPacked);
+    if constexpr (kSource == Source::kNone) return;
+    first_ = last_ = static_cast<const uint8_t*>(labels.data);
+    if constexpr (kSource == Source::kBitmap) return;
     is_bitmap_ = kSource == Source::kAny && labels.format == Format::kSparse;
-    if (is_packed_) {
+    is_bytes_ = kSource == Source::kBytes || labels.format == Format::kDense;
+    if (is_bitmap_) return;
+    if (!is_bytes_) {
       const auto* words = static_cast<const uint32_t*>(labels.data) + row * labels.row_stride;
       first_ = reinterpret_cast<const uint8_t*>(words + (column >> 5));
       // There may be no word behind the first one.
       last_ = reinterpret_cast<const uint8_t*>(words + ((column + kCount - 1) >> 5));
       shift_ = static_cast<int>(column & 31);
-    } else if (!is_bitmap_) {
+    } else {
       first_ = static_cast<const uint8_t*>(labels.data) + row * labels.row_stride + column;
       is_whole_ = reinterpret_cast<uintptr_t>(first_) % kCount == 0;
       shift_ = 8 * static_cast<int>(reinterpret_cast<uintptr_t>(first_) % 4);
@@ -179,48 +181,54 @@ class LabelCursor {
     }
   }
 
-  __device__ __forceinline__ void advance(int positions) {
-    if constexpr (kSource == Source::kNone || kSource == Source::kBitmap) return;
-    const int bytes = is_packed_ ? positions / 8 : positions;
-    first_ += bytes;
-    if constexpr (kSource != Source::kBytes) last_ += bytes;
+  // A run of vectors begins, whose labels are in `bitmap` if they are sparse.
+  __device__ __forceinline__ void start_run(const uint8_t* bitmap) {
+    if (kSource == Source::kBitmap || is_bitmap_) first_ = bitmap;
   }
 
-  // Vectors from here on; `bitmap` holds their labels, if they are sparse.
+  __device__ __forceinline__ void advance(int positions) {
+    if constexpr (kSource == Source::kNone) return;
+    const bool is_bytes = kSource == Source::kBytes || (kSource == Source::kAny && is_bytes_);
+    const int bytes = is_bytes ? positions : positions / 8;
+    first_ += bytes;
+    if constexpr (kSource == Source::kPacked || kSource == Source::kAny) last_ += bytes;
+  }
+
+  // Vectors from here on.
   template <int kVectors>
-  __device__ __forceinline__ void load(const uint8_t* bitmap,
-                                       RawLabels<kSource, kCount> (&labels)[kVectors]) const {
+  __device__ __forceinline__ void load(RawLabels<kSource, kCount> (&labels)[kVectors]) const {
     if constexpr (kSource == Source::kPacked) load_packed(labels);
     if constexpr (kSource == Source::kBytes) load_bytes(labels);
-    if constexpr (kSource == Source::kBitmap) load_bitmap(bitmap, labels);
+    if constexpr (kSource == Source::kBitmap) load_bitmap(labels);
     if constexpr (kSource == Source::kAny) {
-      if (is_packed_) {
-        load_packed(labels);
-      } else if (is_bitmap_) {
-        load_bitmap(bitmap, labels);
-      } else {
+      if (is_bytes_) {
         RawLabels<Source::kBytes, kCount> bytes[kVectors];
         load_bytes(bytes);
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) labels[k].word[0] = bytes[k].bits();
+      } else if (is_bitmap_) {
+        load_bitmap(labels);
+      } else {
+        load_packed(labels);
       }
     }
   }
 
  private:
   template <int kVectors>
-  __device__ __forceinline__ static void load_bitmap(const uint8_t* bitmap,
-                                                     RawLabels<kSource, kCount> (&labels)[kVectors]) {
+  __device__ __forceinline__ void load_bitmap(
+      RawLabels<kSource, kCount> (&labels)[kVectors]) const {
     const int offset = static_cast<int>(threadIdx.x) * kCount;
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) {
-      const uint32_t byte = bitmap[offset / 8 + k * (kStep / 8)];
+      const uint32_t byte = first_[offset / 8 + k * (kStep / 8)];
       labels[k].word[0] = kCount < 8 ? byte >> offset % 8 & kElements : byte;
     }
   }
 
   template <int kVectors>
-  __device__ __forceinline__ void load_packed(RawLabels<kSource, kCount> (&labels)[kVectors]) const {
+  __device__ __forceinline__ void load_packed(
+      RawLabels<kSource, kCount> (&labels)[kVectors]) const {
     constexpr int kBytes = kStep / 8;
     uint32_t low[kVectors], high[kVectors];
 #pragma unroll
@@ -264,11 +272,11 @@ class LabelCursor {
     }
   }
 
-  const uint8_t* first_ = nullptr;
+  const uint8_t* first_ = nullptr;  // also of a bitmap
   const uint8_t* last_ = nullptr;
   int shift_ = 0;
   bool is_whole_ = true;  // bytes that are aligned
-  bool is_packed_ = false, is_bitmap_ = false;
+  bool is_bytes_ = false, is_bitmap_ = false;
 };
 
 // Whether the bytes of dense labels follow each other.
@@ -291,11 +299,11 @@ constexpr bool has_loss(Pass pass) { return pass != Pass::kBackward; }
 constexpr bool has_gradient(Pass pass) { return pass != Pass::kForward; }
 
 struct SoftplusOutput {
-  PartialSum* partial = nullptr;   // [gridDim.x], of passes with a loss
-  void* gradient = nullptr;        // [N, C], of passes with a gradient; may be the logits
+  PartialSum* partial = nullptr;  // [gridDim.x], of passes with a loss
+  void* gradient = nullptr;       // [N, C], of passes with a gradient; may be the logits
   int64_t gradient_row_stride = 0;
-  const double* scale = nullptr;     // 0-d
-  const void* upstream = nullptr;    // 0-d: what the gradient is multiplied by besides; nullptr = 1
+  const double* scale = nullptr;   // 0-d
+  const void* upstream = nullptr;  // 0-d: what the gradient is multiplied by besides; nullptr = 1
   Element upstream_element = Element::kDouble;
 };
 
@@ -402,7 +410,7 @@ struct Group {
 };
 
 // A thread's vectors along a row.
-template <class Scalar, Source kTarget, Source kMask>
+template <class Scalar, Source kTarget, Source kMask, Pass kPass>
 struct TileCursor {
   static constexpr int kCount = kWidth<Scalar>;
   const Scalar* logits;
@@ -419,7 +427,7 @@ struct TileCursor {
 
   __device__ __forceinline__ void advance(int positions) {
     logits += positions;
-    gradient += positions;
+    if constexpr (has_gradient(kPass)) gradient += positions;
     target.advance(positions);
     mask.advance(positions);
   }
@@ -429,16 +437,15 @@ struct TileCursor {
                                         const Segment<Scalar>& segment, Scalar* gradient_row,
                                         int64_t column)
       : logits(segment.logits + column),
-        gradient(gradient_row + column),
+        gradient(has_gradient(kPass) ? gradient_row + column : nullptr),
         target(problem.target, segment.row, column),
         mask(problem.mask, segment.row, column) {}
 };
 
 // The thread's vectors of an inner stretch of the row.
-template <Pass kPass, class Scalar, Source kTarget, Source kMask, class Tiles>
+template <class Scalar, Source kTarget, Source kMask, Pass kPass>
 __device__ __forceinline__ void pass_over_inner_tiles(
-    const TileCursor<Scalar, kTarget, kMask>& cursor, const Tiles& labels, float scale,
-    Group& group) {
+    const TileCursor<Scalar, kTarget, kMask, kPass>& cursor, float scale, Group& group) {
   constexpr int kCount = kWidth<Scalar>;
   constexpr int kVectors = kInnerTiles<Scalar> * kPerThread / kCount;
   constexpr int kStep = kThreads * kCount;
@@ -449,8 +456,8 @@ __device__ __forceinline__ void pass_over_inner_tiles(
   RawLabels<kMask, kCount> masks[kVectors];
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) load_raw(cursor.logits + k * kStep, logits[k]);
-  cursor.target.load(labels.target_bytes(), targets);
-  cursor.mask.load(labels.mask_bytes(), masks);
+  cursor.target.load(targets);
+  cursor.mask.load(masks);
   const auto pass = [&](auto has_positives) {
     constexpr bool kTargets = decltype(has_positives)::value;
 #pragma unroll
@@ -460,6 +467,7 @@ __device__ __forceinline__ void pass_over_inner_tiles(
       pass_over_vector<kPass, kTargets, kMasked>(logits[k], positive, observed, scale, group.q,
                                                  group.linear);
       if constexpr (has_loss(kPass)) group.counted += kMasked ? __popc(observed) : kCount;
+      if constexpr (has_gradient(kPass)) store_raw(logits[k], cursor.gradient + k * kStep);
     }
   };
   uint32_t any = 0;
@@ -470,17 +478,6 @@ __device__ __forceinline__ void pass_over_inner_tiles(
     pass(std::true_type{});
   } else {
     pass(std::false_type{});
-  }
-  if constexpr (has_gradient(kPass)) {
-    if (reinterpret_cast<uintptr_t>(cursor.gradient) % 16 == 0) {
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) store_raw(logits[k], cursor.gradient + k * kStep);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kVectors; ++k) {
-        store_raw(logits[k], {0, kCount}, cursor.gradient + k * kStep);
-      }
-    }
   }
 }
 
@@ -543,13 +540,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
     Scalar* gradient = static_cast<Scalar*>(output.gradient);
     if constexpr (has_gradient(kPass)) gradient += segment.row * output.gradient_row_stride;
     labels.start_row(segment.row, segment.shift);
-    const int reach = max(reach_of(problem.target, segment.row), reach_of(problem.mask, segment.row));
+    const int reach =
+        max(reach_of(problem.target, segment.row), reach_of(problem.mask, segment.row));
     constexpr int kInnerPerThread = kInnerTiles<Scalar> * kPerThread;
     constexpr int kInnerWidth = kInnerTiles<Scalar> * kTileWidth;
     const int64_t inner_begin = segment.shift + reach;
-    const int64_t inner_end =
-        has_bytes_in_order ? problem.columns + segment.shift - reach : INT64_MIN;
-    TileCursor<Scalar, kTarget, kMask> cursor(problem, segment, segment.begin, gradient);
+    const bool has_inner =
+        has_bytes_in_order &&
+        (!has_gradient(kPass) ||
+         reinterpret_cast<uintptr_t>(gradient - segment.shift) % sizeof(uint4) == 0);
+    const int64_t inner_end = has_inner ? problem.columns + segment.shift - reach : INT64_MIN;
+    TileCursor<Scalar, kTarget, kMask, kPass> cursor(problem, segment, segment.begin, gradient);
     Group group;
     int collected = 0;
     const auto collect = [&](int elements) {
@@ -567,10 +568,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
       const int64_t end = min(inner_end, min(labels.window_end(), segment.end));
       const bool is_inner = labels.is_valid() && begin >= inner_begin && begin + kInnerWidth <= end;
       if (is_inner) {
+        cursor.target.start_run(labels.target_bytes());
+        cursor.mask.start_run(labels.mask_bytes());
         int passes = static_cast<int>((end - begin) / kInnerWidth);
         begin += int64_t(passes) * kInnerWidth;
         for (; passes > 0; --passes) {
-          pass_over_inner_tiles<kPass>(cursor, labels, scale, group);
+          pass_over_inner_tiles(cursor, scale, group);
           cursor.advance(kInnerWidth);
           collect(kInnerPerThread);
         }
@@ -610,8 +613,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
       labels.start_tile(begin);
       for (int k = 0; k < kPerThread / kCount; ++k) {
         const int offset = (k * kThreads + static_cast<int>(threadIdx.x)) * kCount;
-        const Extent extent =
-            extent_of<kCount>(begin + offset - segment.shift, problem.columns);
+        const Extent extent = extent_of<kCount>(begin + offset - segment.shift, problem.columns);
         if (extent.first >= extent.last) continue;
         counted += __popc(labels.vector(offset, extent).observed);
       }
@@ -667,7 +669,8 @@ cudaError_t launch_scale_of_softplus(const PointwiseProblem& problem, PartialSum
                       problem.reduction == Reduction::kMeanNonzero ||
                       problem.reduction == Reduction::kWeightedMean;
   if (!counts || problem.mask.data == nullptr) {
-    const double elements = static_cast<double>(problem.rows) * static_cast<double>(problem.columns);
+    const double elements =
+        static_cast<double>(problem.rows) * static_cast<double>(problem.columns);
     return launch_scale(problem, partial, 0, elements, scale, stream);
   }
   const Units units = units_of(problem);

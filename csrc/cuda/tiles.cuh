@@ -132,13 +132,13 @@ class LabelTiles {
     is_valid_ = find_entries(problem_.target, target_first_, target_last_) && mask_is_valid_;
   }
 
-  // All threads of the block call this before they ask for vectors of the tile at `begin`; tiles of a
-  // row follow each other.
+  // All threads of the block call this before they ask for vectors of the tile at `begin`; tiles of
+  // a row follow each other.
   __device__ __forceinline__ void start_tile(int64_t begin) {
     begin_ = begin;
-    const bool sparse_target = target_first_ < target_last_;
-    const bool sparse_mask = problem_.mask.format == Format::kSparse;
-    if (!mask_is_valid_ || (!sparse_target && !sparse_mask)) return;
+    const bool is_sparse =
+        problem_.target.format == Format::kSparse || problem_.mask.format == Format::kSparse;
+    if (!mask_is_valid_ || !is_sparse) return;
     const bool has_values = kSoft && problem_.target.values != nullptr;
     if (window_begin_ >= 0 && begin < window_begin_ + (has_values ? kTileWidth : kWindow)) return;
     window_begin_ = begin;
@@ -176,7 +176,9 @@ class LabelTiles {
   __device__ __forceinline__ bool is_valid() const { return is_valid_; }
 
   // Of the tile: bit `offset` of the bitmaps, which are byte by byte in the order of labels.
-  __device__ __forceinline__ const uint8_t* target_bytes() const { return bytes_of(target_bitmap_); }
+  __device__ __forceinline__ const uint8_t* target_bytes() const {
+    return bytes_of(target_bitmap_);
+  }
   __device__ __forceinline__ const uint8_t* mask_bytes() const { return bytes_of(mask_bitmap_); }
 
   // Labels of the vector at `offset` within the tile, of whose elements `extent` are in the row.
