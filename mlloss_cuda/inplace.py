@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import reference
 from .targets import Labels, contents_may_be_checked
@@ -57,11 +58,9 @@ def loss_over_input(
         rescale: see above.
         grad_scale: what `compute` multiplies the gradient by: 0-d fp64, or None for 1.
     """
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise RuntimeError(
-            f"mlloss_cuda.{name} with inplace_backward=True does not run under torch.func "
-            "(grad, vmap, jvp, ...); use torch.autograd"
-        )
+    base = input._base if input._is_view() else input
+    assert base is not None
+    before = base._version
     value: Tensor = _OnePass.apply(name, loss, input, threshold)
     # Torch refuses here what cannot be overwritten, such as a part that torch.split returned.
     _Overwritten.apply(name, input)
@@ -69,9 +68,19 @@ def loss_over_input(
     node: Any = value.grad_fn
     with torch.no_grad():
         node.grad_threshold = compute(gradient)
-    node.gradient, node.version = gradient, gradient._version
+    _own_changes[base] = _own_changes.get(base, 0) + base._version - before
+    node.gradient, node.base, node.changes = gradient, base, _changes_by_others(base)
     node.rescale, node.grad_scale = rescale, grad_scale
     return value
+
+
+# Of tensors that losses have written to, by how much their versions have grown through that: the
+# parts of a tensor have one version, and may belong to several losses.
+_own_changes: Any = WeakIdKeyDictionary()
+
+
+def _changes_by_others(base: Tensor) -> int:
+    return base._version - int(_own_changes.get(base, 0))
 
 
 class _OnePass(torch.autograd.Function):
@@ -103,12 +112,12 @@ class _OnePass(torch.autograd.Function):
                 "and has been handed out already"
             )
         gradient, grad_threshold = ctx.gradient, ctx.grad_threshold
-        if gradient._version != ctx.version:
+        if _changes_by_others(ctx.base) != ctx.changes:
             raise RuntimeError(
-                f"{call} has written its gradient over the logits, and these have been modified by "
-                f"an in-place operation since (version {gradient._version}, expected {ctx.version})"
+                f"{call} has written its gradient over the logits, and these, or the tensor that "
+                "they are a part of, have been modified by an in-place operation since"
             )
-        ctx.gradient = ctx.grad_threshold = None
+        ctx.gradient = ctx.grad_threshold = ctx.base = None
         ctx.rescale(gradient, grad_output, ctx.grad_scale)
         if grad_threshold is not None:
             ctx.rescale(grad_threshold[None], grad_output, ctx.grad_scale)
@@ -123,7 +132,8 @@ class _Overwritten(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.mark_dirty(input)
         ctx.name = name
-        ctx.is_part = input._is_view() and input._base.numel() != input.numel()
+        base = input._base
+        ctx.is_part = base is not None and base.numel() != input.numel()
         return input
 
     @staticmethod
@@ -175,6 +185,11 @@ class Reference:
             threshold: Tensor | None = None,
             **options: Any,
         ) -> Tensor:
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                raise RuntimeError(
+                    f"mlloss_cuda.{name} with inplace_backward=True does not run under torch.func "
+                    "(grad, vmap, jvp, ...); use torch.autograd"
+                )
             loss = input.new_empty((), dtype=reference.compute_dtype(input))
 
             def compute(rows: Tensor) -> Tensor | None:
@@ -210,4 +225,5 @@ def _rescale(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -
     if contents_may_be_checked(factor) and factor.item() == 1:
         return
     # Masked elements stay 0 whatever comes from above.
-    gradient.copy_(torch.where(gradient == 0, gradient, gradient * factor))
+    # Beside the version, as kernels do: others may hold parts of the same tensor.
+    gradient.data.copy_(torch.where(gradient == 0, gradient, gradient * factor))

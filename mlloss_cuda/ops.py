@@ -160,6 +160,8 @@ class _Loss:
         self, input: Tensor, arguments: tuple[Any, ...], grad_scale: Tensor | None
     ) -> Tensor:
         """Return the loss, and write grad_scale times its gradient over `input`."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise self.no_transform()
         _check_listed(arguments, input.shape[1])
         arguments = inplace.apart_from(input, arguments)
         loss, *rest = self.results(input, arguments[-1])
