@@ -355,11 +355,10 @@ def _check_grad_scale(grad_scale: Tensor | float, input: Tensor) -> None:
             raise TypeError(
                 f"grad_scale must be a number or a 0-d tensor, got {type(grad_scale).__name__}"
             )
-        limits = torch.finfo(reference.compute_dtype(input))
+        dtype = reference.compute_dtype(input)
+        limits = torch.finfo(dtype)
         if not limits.tiny <= grad_scale <= limits.max:
-            raise ValueError(
-                f"grad_scale must be positive and finite in {limits.dtype}, got {grad_scale}"
-            )
+            raise ValueError(f"grad_scale must be positive and finite in {dtype}, got {grad_scale}")
         return
     check_strided(grad_scale, "grad_scale")
     if grad_scale.dtype not in FLOATING_DTYPES:
