@@ -1,11 +1,12 @@
 """The native operators: loading, fake kernels, autograd.
 
-``csrc/ops.cpp`` lists the schemas. Each loss has two pairs of operators:
+``csrc/ops.cpp`` lists the schemas. Each loss has two pairs of operators, and one that stands alone:
 
 - ``<loss>_out`` and ``<loss>_backward_out`` are the kernels. They write into tensors allocated
   here, so that running out of memory raises torch's own error.
 - ``<loss>`` and ``<loss>_backward`` are functional, with autograd, and are what ``torch.compile``
   and ``torch.export`` see.
+- ``<loss>_inplace_out`` writes the gradient over the logits (``inplace.py``).
 
 Eager calls go through a ``torch.autograd.Function`` straight to the kernels, which leaves out a
 layer of dispatch.
@@ -13,16 +14,18 @@ layer of dispatch.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import build_information
-from .targets import OBSERVED, SPARSE, Labels, SparseLabels, check_indices
+from . import build_information, inplace
+from .targets import OBSERVED, PLAIN_TENSORS, SPARSE, Labels, check_indices
 
 # Values of the `reduction` arguments of the operators; csrc/problem.h has the same numbers.
 REDUCTION_CODES = {
@@ -44,6 +47,8 @@ _warned: set[str] = set()
 
 def is_native(input: Tensor) -> bool:
     """Whether native kernels serve the device of `input`; warns once where they do not."""
+    if input.is_cpu and "cpu" in _kernels:
+        return True
     device_type = input.device.type
     if device_type in _kernels and (device_type != "cuda" or _gpu_is_served(input.device.index)):
         return True
@@ -75,15 +80,27 @@ def check_contents(target: Labels, mask: Labels | None, logits: Tensor) -> None:
     for name, labels in (("target", target), ("mask", mask)):
         if labels is not None and labels.format in (SPARSE, OBSERVED):
             assert labels.offsets is not None
-            check_indices(SparseLabels(labels.data, labels.offsets), logits.shape[1], name)
+            check_indices(labels.data, labels.offsets, logits.shape[1], name)
 
 
 # What stands behind `input` in the arguments of every operator: target, target_offsets,
 # target_values, target_format, mask, mask_offsets, mask_format, ignore_index.
 _LABEL_ARGUMENTS = 8
 
+# Results of a single number are allocated like these: on the CPU the cheapest way (0.65 us; what
+# takes a shape and a dtype is 1.0 us).
+_SINGLE_NUMBERS = {
+    dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
+}
 
-@dataclass(frozen=True)
+
+def _single_number(like: Tensor, dtype: torch.dtype) -> Tensor:
+    if like.is_cpu and type(like) in PLAIN_TENSORS:
+        return torch.empty_like(_SINGLE_NUMBERS[dtype])
+    return like.new_empty((), dtype=dtype)
+
+
+@dataclass(eq=False)
 class _Loss:
     """A native loss: its operators and what they return.
 
@@ -92,53 +109,78 @@ class _Loss:
         rowwise: whether it has one loss per row. Such a loss keeps four numbers per row for its
             backward pass.
         has_threshold: whether the argument behind the labels is a threshold, which has a gradient.
+        tensors: how many tensors of its own a loss that is a sum over elements has, and
+        numbers: how many numbers, as in csrc/losses.h.
     """
 
     name: str
     rowwise: bool = False
     has_threshold: bool = False
+    tensors: int = 0
+    numbers: int = 0
+
+    def __post_init__(self) -> None:
+        """Work out once what calls would have to find out again and again."""
+        self.forward_kernel = f"{self.name}_out"
+        self.backward_kernel = f"{self.name}_backward_out"
+        # What the backward kernel takes behind grad_output, tensors (t) and others (-), by the
+        # schemas in csrc/ops.cpp: scale, statistics, input; labels; weight and own; normalizer,
+        # reduction.
+        own = "tt" if self.has_threshold else "t"
+        if not self.rowwise:
+            own = "t" + "t" * self.tensors + "-" * self.numbers + "-"  # label_smoothing
+        kinds = ("ttt" if self.rowwise else "tt") + "ttt-tt--" + own + "t-"
+        are_tensors = [i for i, kind in enumerate(kinds) if kind == "t"]
+        are_others = [i for i, kind in enumerate(kinds) if kind == "-"]
+        order = are_tensors + are_others
+        self._tensors_of, self._others_of = itemgetter(*are_tensors), itemgetter(*are_others)
+        self._in_order = itemgetter(*[order.index(i) for i in range(len(kinds))])
 
     # `arguments` is everything behind `input` in the schema (csrc/ops.cpp): first the labels, last
     # the reduction.
 
     def results(self, input: Tensor, reduction: int) -> tuple[Tensor, ...]:
         """Allocate the results of a forward pass: loss, statistics (row-wise losses), scale."""
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        rows = input.shape[0]
-        scale = input.new_empty((), dtype=torch.float64)
-        unreduced = reduction == REDUCTION_CODES["none"]
+        dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+        scale = _single_number(input, torch.float64)
+        if reduction != REDUCTION_CODES["none"]:
+            loss = _single_number(input, dtype)
+        else:
+            loss = input.new_empty(input.shape[:1] if self.rowwise else input.shape, dtype=dtype)
         if self.rowwise:
-            loss = input.new_empty((rows,) if unreduced else (), dtype=dtype)
-            return loss, input.new_empty((rows, 4), dtype=dtype), scale
-        return input.new_empty(input.shape if unreduced else (), dtype=dtype), scale
+            return loss, input.new_empty((input.shape[0], 4), dtype=dtype), scale
+        return loss, scale
 
-    def forward(self, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    def forward(self, input: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
         """Run the forward kernel on ``[N, C]`` logits."""
-        target, target_offsets, _, target_format, mask, mask_offsets, mask_format = arguments[:7]
-        if target_format in (SPARSE, OBSERVED):
-            check_indices(SparseLabels(target, target_offsets), input.shape[1], "target")
-        if mask_format == SPARSE:
-            check_indices(SparseLabels(mask, mask_offsets), input.shape[1], "mask")
+        _check_listed(arguments, input.shape[1])
         results = self.results(input, arguments[-1])
-        kernel = getattr(_kernels[input.device.type], f"{self.name}_out")
-        kernel(input, *arguments, *results)
+        getattr(_kernels_for(input), self.forward_kernel)(input, *arguments, *results)
         return results
 
     def gradients(self, input: Tensor) -> tuple[Tensor, ...]:
         """Allocate the gradients: of input and, if there is one, of the threshold."""
-        grad_input = torch.empty(input.shape, dtype=input.dtype, device=input.device)
+        grad_input = torch.empty_like(input, memory_format=torch.contiguous_format)
         if not self.has_threshold:
             return (grad_input,)
-        dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+        dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
         return grad_input, input.new_empty(input.shape[0], dtype=dtype)
 
     def backward(self, grad_output: Tensor, saved: Sequence[Any]) -> tuple[Tensor, ...]:
         """Run the backward kernel; `saved` is scale, statistics (row-wise), input, arguments."""
         input = saved[2 if self.rowwise else 1]
         gradients = self.gradients(input)
-        kernel = getattr(_kernels[input.device.type], f"{self.name}_backward_out")
-        kernel(grad_output, *saved, *gradients)
+        getattr(_kernels_for(input), self.backward_kernel)(grad_output, *saved, *gradients)
         return gradients
+
+    def save(self, ctx: Any, saved: Sequence[Any]) -> None:
+        """Save tensors through autograd (which notices in-place changes), the rest beside them."""
+        ctx.save_for_backward(*self._tensors_of(saved))
+        ctx.others = self._others_of(saved)
+
+    def saved(self, ctx: Any) -> tuple[Any, ...]:
+        """Return what was saved, for :meth:`backward`."""
+        return self._in_order((*ctx.saved_tensors, *ctx.others))
 
     def gradients_of_arguments(
         self, gradients: Sequence[Tensor], count: int
@@ -148,6 +190,36 @@ class _Loss:
         if self.has_threshold:
             padded[1 + _LABEL_ARGUMENTS] = gradients[1]
         return tuple(padded)
+
+    def over_input(
+        self, input: Tensor, arguments: tuple[Any, ...], grad_scale: Tensor | None
+    ) -> Tensor:
+        """Return the loss, and write grad_scale times its gradient over `input`."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise self.no_transform()
+        _check_listed(arguments, input.shape[1])
+        arguments = inplace.apart_from(input, arguments)
+        loss, *rest = self.results(input, arguments[-1])
+        kernels = _kernels_for(input)
+
+        def compute(rows: Tensor) -> Tensor | None:
+            kernel = getattr(kernels, f"{self.name}_inplace_out")
+            if not self.has_threshold:
+                kernel(rows, *arguments, grad_scale, loss, *rest)
+                return None
+            grad_threshold = torch.empty(rows.shape[0], dtype=loss.dtype, device=rows.device)
+            kernel(rows, *arguments, grad_scale, loss, *rest, grad_threshold)
+            return grad_threshold
+
+        return inplace.loss_over_input(
+            self.name,
+            input,
+            arguments[_LABEL_ARGUMENTS] if self.has_threshold else None,
+            loss,
+            compute=compute,
+            rescale=kernels.rescale_,
+            grad_scale=grad_scale,
+        )
 
     def no_second_derivative(self) -> RuntimeError:
         """Return the error for an attempt to differentiate the backward pass."""
@@ -174,36 +246,44 @@ class _Loss:
         """Return the loss; `differentiable` says whether an argument requires grad."""
         if torch.compiler.is_compiling():
             loss: Tensor = getattr(torch.ops.mlloss_cuda, self.name)(input, *arguments)[0]
-        elif torch._C._functorch.peek_interpreter_stack() is not None:
+            return loss
+        if torch._C._functorch.peek_interpreter_stack() is not None:
             raise self.no_transform()
-        elif (differentiable and torch.is_grad_enabled()) or _forward_mode_is_on():
-            loss = _Differentiable.apply(self, input, *arguments)
-        else:
-            loss = self.forward(input, *arguments)[0]
-        return loss
+        if _forward_mode_is_on() and _any_has_tangent((input, *arguments)):
+            raise self.no_forward_mode()
+        if differentiable and torch.is_grad_enabled():
+            threshold = arguments[_LABEL_ARGUMENTS] if self.has_threshold else None
+            return _Differentiable.apply(self, input, threshold, arguments)
+        return self.forward(input, arguments)[0]
 
 
 class _Differentiable(torch.autograd.Function):
-    """Eager autograd: straight to the kernels."""
+    """Eager autograd: straight to the kernels.
+
+    What can have a gradient is an argument of its own; the others come as one tuple, as torch goes
+    through all arguments several times.
+    """
 
     @staticmethod
-    def forward(ctx: Any, loss: _Loss, input: Tensor, *arguments: Any) -> Tensor:
-        value, *rest = loss.forward(input, *arguments)
+    def forward(
+        ctx: Any,
+        loss: _Loss,
+        input: Tensor,
+        threshold: Tensor | None,  # noqa: ARG004 (among the arguments)
+        arguments: tuple[Any, ...],
+    ) -> Tensor:
+        value, *rest = loss.forward(input, arguments)
         ctx.loss = loss
-        _save(ctx, [*reversed(rest), input, *arguments])
+        loss.save(ctx, (*reversed(rest), input, *arguments))
         return value
-
-    @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        raise ctx.loss.no_forward_mode()
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         loss: _Loss = ctx.loss
         if torch.is_grad_enabled():
             raise loss.no_second_derivative()
-        gradients = loss.backward(grad_output, _saved(ctx))
-        return None, *loss.gradients_of_arguments(gradients, len(ctx.needs_input_grad) - 2)
+        gradients = loss.backward(grad_output, loss.saved(ctx))
+        return None, gradients[0], gradients[1] if loss.has_threshold else None, None
 
 
 def _forward_mode_is_on() -> bool:
@@ -211,17 +291,26 @@ def _forward_mode_is_on() -> bool:
     return getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0
 
 
-def _save(ctx: Any, values: Sequence[Any]) -> None:
-    """Save tensors through autograd (which notices in-place changes), the rest beside them."""
-    ctx.save_for_backward(*[value if isinstance(value, Tensor) else None for value in values])
-    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+def _any_has_tangent(values: tuple[Any, ...]) -> bool:
+    return any(
+        torch.autograd.forward_ad.unpack_dual(value).tangent is not None
+        for value in values
+        if isinstance(value, Tensor)
+    )
 
 
-def _saved(ctx: Any) -> list[Any]:
-    return [
-        other if tensor is None else tensor
-        for tensor, other in zip(ctx.saved_tensors, ctx.others, strict=True)
-    ]
+def _kernels_for(input: Tensor) -> Any:
+    """Return the namespace of the kernels for the device of `input`."""
+    return _kernels["cpu" if input.is_cpu else input.device.type]
+
+
+def _check_listed(arguments: tuple[Any, ...], num_labels: int) -> None:
+    """Raise ``ValueError`` for bad label ids of sparse labels, where they may be looked at."""
+    target, target_offsets, _, target_format, mask, mask_offsets, mask_format = arguments[:7]
+    if target_format in (SPARSE, OBSERVED):
+        check_indices(target, target_offsets, num_labels, "target")
+    if mask_format == SPARSE:
+        check_indices(mask, mask_offsets, num_labels, "mask")
 
 
 def _register(loss: _Loss) -> None:
@@ -231,7 +320,7 @@ def _register(loss: _Loss) -> None:
     def forward(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         if _forward_mode_is_on():
             raise loss.no_forward_mode()
-        return loss.forward(input, *arguments)
+        return loss.forward(input, arguments)
 
     def backward(grad_output: Tensor, *saved: Any) -> Any:
         gradients = loss.backward(grad_output, saved)
@@ -246,7 +335,7 @@ def _register(loss: _Loss) -> None:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, *rest = output
-        _save(ctx, [*reversed(rest), *inputs])
+        loss.save(ctx, (*reversed(rest), *inputs))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*rest)
 
@@ -255,7 +344,7 @@ def _register(loss: _Loss) -> None:
         if grad_output is None:
             return (None,) * (count + 1)
         operator = getattr(torch.ops.mlloss_cuda, f"{loss.name}_backward")
-        gradients = operator(grad_output, *_saved(ctx))
+        gradients = operator(grad_output, *loss.saved(ctx))
         if not loss.has_threshold:
             gradients = (gradients,)
         return loss.gradients_of_arguments(gradients, count)
@@ -270,7 +359,7 @@ def _register(loss: _Loss) -> None:
     torch.library.register_fake(f"{name}_backward", fake_backward, lib=_library)
     torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(f"{name}_backward", refuse, lib=_library)
-    for kernel in (f"{name}_out", f"{name}_backward_out"):
+    for kernel in (f"{name}_out", f"{name}_inplace_out", f"{name}_backward_out"):
         torch.library.register_fake(kernel, lambda *_: None, lib=_library)
 
 
@@ -287,10 +376,10 @@ def _reduction_code(reduction: str, normalizer: Tensor | None) -> int:
 _LOSSES = {
     loss.name: loss
     for loss in (
-        _Loss("sigmoid_cross_entropy"),
-        _Loss("binary_cross_entropy"),
-        _Loss("sigmoid_focal_loss"),
-        _Loss("asymmetric_loss"),
+        _Loss("sigmoid_cross_entropy", tensors=1),
+        _Loss("binary_cross_entropy", tensors=1, numbers=1),
+        _Loss("sigmoid_focal_loss", tensors=3, numbers=3),
+        _Loss("asymmetric_loss", numbers=4),
         _Loss("multilabel_categorical_crossentropy", rowwise=True, has_threshold=True),
         _Loss("multilabel_ranking_loss", rowwise=True),
     )
@@ -311,6 +400,7 @@ def _pointwise(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    overwriting: inplace.Overwriting | None = None,
 ) -> Tensor:
     """Call a loss that is a sum over elements; `own` is what its schema has behind the weight."""
     arguments = (
@@ -322,6 +412,8 @@ def _pointwise(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
+    if overwriting is not None:
+        return _LOSSES[name].over_input(input, arguments, overwriting.grad_scale)
     return _LOSSES[name](input, arguments, differentiable=input.requires_grad)
 
 
@@ -401,6 +493,7 @@ def multilabel_categorical_crossentropy(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    overwriting: inplace.Overwriting | None = None,
 ) -> Tensor:
     """Run the native ZLPR, threshold ``[N]``."""
     arguments = (
@@ -411,6 +504,10 @@ def multilabel_categorical_crossentropy(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
+    if overwriting is not None:
+        return _LOSSES["multilabel_categorical_crossentropy"].over_input(
+            input, arguments, overwriting.grad_scale
+        )
     return _LOSSES["multilabel_categorical_crossentropy"](
         input, arguments, differentiable=input.requires_grad or threshold.requires_grad
     )
@@ -425,6 +522,7 @@ def multilabel_ranking_loss(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    overwriting: inplace.Overwriting | None = None,
 ) -> Tensor:
     """Run the native ranking loss."""
     arguments = (
@@ -434,7 +532,21 @@ def multilabel_ranking_loss(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
+    if overwriting is not None:
+        return _LOSSES["multilabel_ranking_loss"].over_input(
+            input, arguments, overwriting.grad_scale
+        )
     return _LOSSES["multilabel_ranking_loss"](input, arguments, differentiable=input.requires_grad)
+
+
+class OverInput:
+    """The functions above, with their gradient written over the logits."""
+
+    def __init__(self, overwriting: inplace.Overwriting) -> None:
+        self._overwriting = overwriting
+
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        return functools.partial(globals()[name], overwriting=self._overwriting)
 
 
 def _load() -> None:
@@ -452,3 +564,4 @@ if _kernels:
     _library = torch.library.Library("mlloss_cuda", "IMPL")
     for _loss in _LOSSES.values():
         _register(_loss)
+    torch.library.register_fake("mlloss_cuda::rescale_", lambda *_: None, lib=_library)

@@ -28,6 +28,9 @@ TARGET_DTYPES = INTEGER_DTYPES + FLOATING_DTYPES
 MASK_DTYPES = (torch.bool, torch.uint8)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
+# Subclasses may hold no data (FakeTensor) or only a part of it (DTensor).
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
 # Bits of a word of PackedLabels.
 WORD_BITS = 32
 
@@ -266,7 +269,7 @@ class SparseLabels(NamedTuple):
             ValueError: an index is out of range (on the CPU; on a GPU, where telling would need a
                 synchronisation, such entries are left out).
         """
-        check_indices(self, num_labels, "indices")
+        check_indices(self.indices, self.offsets, num_labels, "indices")
         rows, inside = row_of_entry(self)
         used = inside & (self.indices >= 0) & (self.indices < num_labels)
         # Entries that are not used go to an extra column, which is cut off.
@@ -401,10 +404,9 @@ def debug_checks(enabled: bool) -> None:
 
 def contents_may_be_checked(tensor: Tensor) -> bool:
     """Whether looking at the values of `tensor` is allowed: no synchronisation, no tracing."""
-    # Subclasses may hold no data (FakeTensor) or only a part of it (DTensor).
-    if torch.compiler.is_compiling() or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or type(tensor) not in PLAIN_TENSORS:
         return False
-    return tensor.device.type == "cpu" or (_debug_checks and tensor.device.type != "meta")
+    return tensor.is_cpu or (_debug_checks and tensor.device.type != "meta")
 
 
 def debugging() -> bool:
@@ -429,9 +431,8 @@ def row_of_entry(labels: SparseLabels) -> tuple[Tensor, Tensor]:
     return rows.clamp(0, max(labels.num_rows - 1, 0)), inside
 
 
-def check_indices(labels: SparseLabels, num_labels: int, name: str) -> None:
+def check_indices(indices: Tensor, offsets: Tensor, num_labels: int, name: str) -> None:
     """Raise ``ValueError`` for bad indices or offsets, where their contents may be looked at."""
-    indices, offsets = labels.indices, labels.offsets
     if not contents_may_be_checked(indices):
         return
     if indices.shape[0] > 0:

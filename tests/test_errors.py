@@ -20,6 +20,7 @@ from tests.cases import (
     FOCAL,
     LOSSES,
     MARGIN,
+    NATIVE,
     POINTWISE,
     RANKING,
     SIGMOID,
@@ -43,6 +44,7 @@ RAGGED = torch.nested.nested_tensor(
     [torch.tensor([0]), torch.tensor([], dtype=torch.int64), torch.tensor([4])], layout=torch.jagged
 )
 CLASSES = {"axis": "classes"}
+INPLACE = {"inplace_backward": True}
 
 ALL, POINT = LOSSES, POINTWISE
 ROWS = (ZLPR, RANKING, SOFTMAX, MARGIN, DICE, TVERSKY)
@@ -438,6 +440,21 @@ BAD_CALLS: list[tuple[tuple[Loss, ...], dict[str, Any], type[Exception], str]] =
     (OVERLAP, {"smooth": -1.0}, ValueError, "smooth must be finite and not negative, got -1"),
     (OVERLAP, {"smooth": None}, TypeError, "smooth must be a number, got NoneType"),
     (OVERLAP, {"from_logits": "no"}, TypeError, "from_logits must be a bool, got str"),
+    # inplace_backward
+    (NATIVE, {"inplace_backward": 1}, TypeError, "inplace_backward must be a bool, got int"),
+    (NATIVE, INPLACE | {"reduction": "none"}, ValueError, "inplace_backward=True .*'none'"),
+    (NATIVE, INPLACE | {"input": LEARNED}, ValueError, "would overwrite .* a leaf that requires"),
+    (NATIVE, INPLACE | {"grad_scale": "1"}, TypeError, "grad_scale must be a number or .* got str"),
+    (NATIVE, INPLACE | {"grad_scale": True}, TypeError, "grad_scale must be a number .* got bool"),
+    (NATIVE, INPLACE | {"grad_scale": 0}, ValueError, "grad_scale must be positive and finite.* 0"),
+    (NATIVE, INPLACE | {"grad_scale": -1.0}, ValueError, "grad_scale must be positive .* -1.0"),
+    (NATIVE, INPLACE | {"grad_scale": math.inf}, ValueError, "grad_scale must be .* got inf"),
+    (NATIVE, INPLACE | {"grad_scale": 1e-60}, ValueError, "grad_scale must be .* torch.float32"),
+    (NATIVE, INPLACE | {"grad_scale": X}, ValueError, r"grad_scale must be 0-d, got .*\[3, 5\]"),
+    (NATIVE, INPLACE | {"grad_scale": X[0, 0]}, ValueError, "grad_scale must be positive .* 0"),
+    (NATIVE, INPLACE | {"grad_scale": Y[0, 0]}, TypeError, "grad_scale must be floating point"),
+    (NATIVE, INPLACE | {"grad_scale": META[0, 0]}, ValueError, "grad_scale must be on the device"),
+    (NATIVE, INPLACE | {"grad_scale": LEARNED.sum()}, ValueError, "grad_scale must not require"),
     ((TVERSKY,), {"alpha": -0.5}, ValueError, "alpha must be finite and not negative, got -0.5"),
     ((TVERSKY,), {"beta": math.nan}, ValueError, "beta must be finite and not negative, got nan"),
     ((TVERSKY,), {"beta": torch.ones(5)}, TypeError, "beta must be a number, got Tensor"),

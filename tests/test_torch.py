@@ -147,6 +147,10 @@ def detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.detach() if isinstance(value, Tensor) else value for value in arguments)
 
 
+def sample_reduces(sample: dict[str, Any]) -> bool:
+    return sample.get("reduction") != "none"
+
+
 OPCHECKS = [
     (loss, sample)
     for loss in NATIVE
@@ -169,6 +173,16 @@ def test_opcheck(native: None, loss: Loss, sample: str) -> None:
     kernel = getattr(torch.ops.mlloss_cuda, f"{loss.name}_out")
     torch.library.opcheck(kernel, (*arguments, *(torch.empty_like(o) for o in outputs)))
 
+    if sample_reduces(samples(loss)[sample]):
+        inplace = getattr(torch.ops.mlloss_cuda, f"{loss.name}_inplace_out")
+        results = [torch.empty_like(output) for output in outputs]
+        if loss is ZLPR:
+            results.append(torch.empty_like(arguments[9]))
+        for grad_scale in (None, torch.tensor(0.5, dtype=torch.float64)):
+            torch.library.opcheck(
+                inplace, (arguments[0].clone(), *arguments[1:], grad_scale, *results)
+            )
+
     loss_value, *statistics, scale = outputs
     upstream = torch.full_like(loss_value, 1.5)
     backward_arguments = (upstream, scale, *statistics, *arguments)
@@ -186,10 +200,24 @@ def test_every_operator_of_the_library_is_checked(native: None) -> None:
         for schema in torch._C._jit_get_all_schemas()
         if schema.name.startswith("mlloss_cuda::")
     }
-    assert names == {f"{loss.name}{suffix}" for loss in NATIVE for suffix in SUFFIXES}
+    assert names == {f"{loss.name}{suffix}" for loss in NATIVE for suffix in SUFFIXES} | {
+        "rescale_"
+    }
 
 
-SUFFIXES = ("", "_out", "_backward", "_backward_out")
+SUFFIXES = ("", "_out", "_inplace_out", "_backward", "_backward_out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("grad_scale", [None, 0.5])
+def test_opcheck_of_rescaling(native: None, dtype: torch.dtype, grad_scale: float | None) -> None:
+    gradient = draw(4, 12).to(dtype)[:, :9]
+    scale = None if grad_scale is None else torch.tensor(grad_scale, dtype=torch.float64)
+    operator = torch.ops.mlloss_cuda.rescale_
+    torch.library.opcheck(operator, (gradient, torch.tensor(1.5), scale))
+    expected = gradient * (1.5 / (grad_scale or 1.0))
+    operator(gradient, torch.tensor(1.5), scale)
+    torch.testing.assert_close(gradient, expected)
 
 
 # ---- torch.compile -------------------------------------------------------------------------------
@@ -653,7 +681,7 @@ def test_modules_are_copied_and_moved() -> None:
     assert module.to("meta").pos_weight.device.type == "meta"
     assert repr(twin) == (
         "SigmoidCrossEntropyLoss(pos_weight=tensor[9], label_smoothing=0.0, ignore_index=None, "
-        "reduction='sum', normalizer=None)"
+        "reduction='sum', normalizer=None, inplace_backward=False, grad_scale=1.0)"
     )
 
 

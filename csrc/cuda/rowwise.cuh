@@ -302,6 +302,7 @@ template <class Loss, class Scalar>
 cudaError_t launch_rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
                                    void* workspace, cudaStream_t stream) {
   using Real = typename Arithmetic<Scalar>::Real;
+  if (output.gradient != nullptr) return cudaErrorNotSupported;
   Units units = units_of(problem);
   auto* partial = static_cast<PartialSum*>(workspace);                        // [row_grid]
   auto* sums = reinterpret_cast<RowSums<Real>*>(partial + kReductionBlocks);  // [N, segments]
