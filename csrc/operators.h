@@ -134,6 +134,47 @@ struct Arguments {
       problem.normalizer = static_cast<const double*>(normalizer->data_ptr());
     }
   }
+
+  // One pass: the gradient goes to where the logits are.
+  static void write_over_input(const Problem& problem, const Tensor& input,
+                               const Optional& grad_scale, ForwardOutput& output) {
+    Backend::check(problem.reduction != Reduction::kNone,
+                   "an unreduced loss has no gradient of its own to be written over the logits");
+    Backend::check(problem.rows <= 1 || problem.row_stride >= problem.columns,
+                   "the rows of input must not overlap, since they are written to");
+    // Empty logits may have no memory, but nullptr would mean that no gradient is wanted.
+    static int64_t nothing;
+    output.gradient = input.data_ptr() == nullptr ? &nothing : input.data_ptr();
+    if (grad_scale.has_value()) {
+      output.gradient_scale = static_cast<const double*>(grad_scale->data_ptr());
+    }
+  }
+};
+
+// The operator that multiplies a gradient by what comes from above.
+template <class Backend>
+struct RescaleOperator {
+  using Tensor = typename Backend::Tensor;
+
+  static void rescale(const Tensor& gradient, const Tensor& grad_output,
+                      const std::optional<Tensor>& grad_scale) {
+    Backend::check(gradient.dim() == 2 && (gradient.size(1) <= 1 || gradient.stride(1) == 1) &&
+                       (gradient.size(0) <= 1 || gradient.stride(0) >= gradient.size(1)),
+                   "gradient must be [N, C] with unit stride within rows that do not overlap");
+    if (gradient.numel() == 0) return;
+    RescaleProblem problem;
+    problem.rows = gradient.size(0);
+    problem.columns = gradient.size(1);
+    problem.gradient = gradient.data_ptr();
+    problem.element = Backend::element(gradient);
+    problem.row_stride = gradient.stride(0);
+    problem.grad_output = grad_output.data_ptr();
+    problem.grad_output_element = Backend::element(grad_output);
+    if (grad_scale.has_value()) {
+      problem.gradient_scale = static_cast<const double*>(grad_scale->data_ptr());
+    }
+    Backend::rescale(gradient, problem);
+  }
 };
 
 // T, once for every element of a pack of numbers.
@@ -169,6 +210,27 @@ struct PointwiseOperators<Backend, std::index_sequence<kTensors...>,
                              normalizer, reduction);
     Backend::forward(input, problem,
                      {loss.data_ptr(), nullptr, static_cast<double*>(scale.data_ptr())});
+  }
+
+  static void inplace(const Tensor& input, const Tensor& target, const Optional& target_offsets,
+                      const Optional& target_values, int64_t target_format, const Optional& mask,
+                      const Optional& mask_offsets, int64_t mask_format,
+                      std::optional<double> ignore_index, const Optional& weight,
+                      Each<kTensors, const Optional&>... tensors, Each<kNumbers, double>... numbers,
+                      double label_smoothing, const Optional& normalizer, int64_t reduction,
+                      const Optional& grad_scale, const Tensor& loss, const Tensor& scale) {
+    PointwiseProblem problem{{},
+                             PointwiseOperators::matrix(weight),
+                             {PointwiseOperators::matrix(tensors)...},
+                             {numbers...},
+                             label_smoothing};
+    PointwiseOperators::fill(problem, input,
+                             {target, target_offsets, target_values, target_format, mask,
+                              mask_offsets, mask_format, ignore_index},
+                             normalizer, reduction);
+    ForwardOutput output{loss.data_ptr(), nullptr, static_cast<double*>(scale.data_ptr())};
+    PointwiseOperators::write_over_input(problem, input, grad_scale, output);
+    Backend::forward(input, problem, output);
   }
 
   static void backward(const Tensor& grad_output, const Tensor& scale, const Tensor& input,
@@ -222,6 +284,27 @@ struct RowwiseOperators<Backend, std::index_sequence<kThresholds...>> : Argument
         {loss.data_ptr(), statistics.data_ptr(), static_cast<double*>(scale.data_ptr())});
   }
 
+  static void inplace(const Tensor& input, const Tensor& target, const Optional& target_offsets,
+                      const Optional& target_values, int64_t target_format, const Optional& mask,
+                      const Optional& mask_offsets, int64_t mask_format,
+                      std::optional<double> ignore_index,
+                      Each<kThresholds, const Tensor&>... threshold, const Optional& weight,
+                      const Optional& normalizer, int64_t reduction, const Optional& grad_scale,
+                      const Tensor& loss, const Tensor& statistics, const Tensor& scale,
+                      Each<kThresholds, const Tensor&>... grad_threshold) {
+    RowwiseProblem problem{
+        {}, {RowwiseOperators::vector(threshold)...}, RowwiseOperators::vector(weight)};
+    RowwiseOperators::fill(problem, input,
+                           {target, target_offsets, target_values, target_format, mask,
+                            mask_offsets, mask_format, ignore_index},
+                           normalizer, reduction);
+    ForwardOutput output{loss.data_ptr(), statistics.data_ptr(),
+                         static_cast<double*>(scale.data_ptr())};
+    RowwiseOperators::write_over_input(problem, input, grad_scale, output);
+    ((output.gradient_threshold = grad_threshold.data_ptr()), ...);
+    Backend::forward(input, problem, output);
+  }
+
   static void backward(const Tensor& grad_output, const Tensor& scale, const Tensor& statistics,
                        const Tensor& input, const Tensor& target, const Optional& target_offsets,
                        const Optional& target_values, int64_t target_format, const Optional& mask,
@@ -244,7 +327,7 @@ struct RowwiseOperators<Backend, std::index_sequence<kThresholds...>> : Argument
 };
 
 // <name>_operators, from <name>_kernels, a backend: Tensor, element(), check(), and forward() and
-// backward() of the loss.
+// backward() of the loss. RescaleOperator takes one with rescale() in their place.
 #define MLLOSS_POINTWISE_OPERATORS(name, tensors, numbers)                                       \
   using name##_operators = PointwiseOperators<name##_kernels, std::make_index_sequence<tensors>, \
                                               std::make_index_sequence<numbers>>;

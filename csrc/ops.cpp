@@ -1,9 +1,10 @@
 // Every operator of torch.ops.mlloss_cuda: the table of contents.
 //
 // <loss>_out and <loss>_backward_out are the kernels (operators.h, cpu/ops.cpp, cuda/ops.cpp); they
-// write into tensors that the caller allocates. <loss> and <loss>_backward are the same as
-// functions, with autograd; mlloss_cuda/ops.py implements them on top. Logits are [N, C]
-// everywhere.
+// write into tensors that the caller allocates. <loss>_inplace_out is both in one pass: it writes
+// the gradient of the reduced loss, times grad_scale (None = 1), over the logits. <loss> and
+// <loss>_backward are the first two as functions, with autograd; mlloss_cuda/ops.py implements them
+// on top. Logits are [N, C] everywhere.
 #include <torch/csrc/stable/library.h>
 
 #include <string>
@@ -19,6 +20,11 @@ const std::string kLabels =
 
 const std::string kReduction = "Tensor? normalizer, int reduction";
 
+// The same arguments where `input`, the first one, is written to.
+std::string written(const std::string& arguments) {
+  return "Tensor(a!)" + arguments.substr(std::string("Tensor").size());
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
@@ -31,6 +37,8 @@ STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
         kLabels + "Tensor? weight, " + own + "float label_smoothing, " + kReduction;
     define(name + "(" + arguments + ") -> (Tensor loss, Tensor scale)");
     define(name + "_out(" + arguments + ", Tensor(a!) loss, Tensor(b!) scale) -> ()");
+    define(name + "_inplace_out(" + written(arguments) +
+           ", Tensor? grad_scale, Tensor(b!) loss, Tensor(c!) scale) -> ()");
     define(name + "_backward(Tensor grad_output, Tensor scale, " + arguments + ") -> Tensor");
     define(name + "_backward_out(Tensor grad_output, Tensor scale, " + arguments +
            ", Tensor(a!) grad_input) -> ()");
@@ -51,6 +59,9 @@ STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
     define(name + "(" + arguments + ") -> (Tensor loss, Tensor statistics, Tensor scale)");
     define(name + "_out(" + arguments +
            ", Tensor(a!) loss, Tensor(b!) statistics, Tensor(c!) scale) -> ()");
+    define(name + "_inplace_out(" + written(arguments) +
+           ", Tensor? grad_scale, Tensor(b!) loss, Tensor(c!) statistics, Tensor(d!) scale" +
+           (has_threshold ? ", Tensor(e!) grad_threshold" : "") + ") -> ()");
     define(name + "_backward(" + saved + arguments + ") -> " +
            (has_threshold ? "(Tensor grad_input, Tensor grad_threshold)" : "Tensor"));
     define(name + "_backward_out(" + saved + arguments + ", Tensor(a!) grad_input" +
@@ -58,4 +69,8 @@ STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
   };
   define_rowwise("multilabel_categorical_crossentropy", true);
   define_rowwise("multilabel_ranking_loss", false);
+
+  // Multiplies a gradient that an operator above has written by grad_output / grad_scale; where
+  // that is 1, it neither reads nor writes the gradient.
+  define("rescale_(Tensor(a!) gradient, Tensor grad_output, Tensor? grad_scale) -> ()");
 }

@@ -119,6 +119,18 @@ struct BackwardOutput {
   void* grad_threshold = nullptr;  // [N], element type of the statistics; or nullptr
 };
 
+// A gradient that was written in the forward pass, to be multiplied by what comes from above.
+struct RescaleProblem {
+  int64_t rows = 0;          // N
+  int64_t columns = 0;       // C
+  void* gradient = nullptr;  // [N, C], unit stride within a row
+  Element element = Element::kFloat;
+  int64_t row_stride = 0;
+  const void* grad_output = nullptr;  // 0-d
+  Element grad_output_element = Element::kFloat;
+  const double* gradient_scale = nullptr;  // 0-d, what it holds already; nullptr = 1
+};
+
 inline bool is_dense(const Labels& labels) {
   return labels.data != nullptr && labels.format == Format::kDense;
 }
@@ -151,6 +163,13 @@ inline void flatten(PointwiseProblem& problem, const Strided* grad_output) {
   problem.columns = problem.rows * columns;
   problem.rows = 1;
   problem.row_stride = problem.columns;
+}
+
+inline void flatten(RescaleProblem& problem) {
+  if (problem.row_stride != problem.columns) return;
+  problem.columns *= problem.rows;
+  problem.row_stride = problem.columns;
+  problem.rows = 1;
 }
 
 }  // namespace mlloss

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .inplace import Overwriting
 from .targets import (
     DENSE,
     FLOATING_DTYPES,
@@ -318,3 +319,87 @@ def denominator(normalizer: Tensor | float | None, reduction: str, input: Tensor
     if contents_may_be_checked(normalizer) and not 0 <= normalizer.item() < math.inf:
         raise ValueError(f"normalizer must be finite and not negative, got {normalizer.item()}")
     return normalizer.to(torch.float64)
+
+
+def overwriting(
+    inplace_backward: bool,
+    grad_scale: Tensor | float,
+    reduction: str,
+    input: Tensor,
+    name: str = "input",
+) -> Overwriting | None:
+    """Check whether the gradient shall be, and can be, written over `input`; None: it is not."""
+    if not flag(inplace_backward, "inplace_backward"):
+        return None
+    if reduction == "none":
+        raise ValueError(
+            "inplace_backward=True needs a loss that is reduced to one number: what comes from "
+            "above differs between the elements of reduction='none'"
+        )
+    _check_grad_scale(grad_scale, input)
+    if torch.compiler.is_compiling() or not (input.requires_grad and torch.is_grad_enabled()):
+        return None
+    base = input._base if input._is_view() else None
+    if input.is_leaf or (base is not None and base.is_leaf and base.requires_grad):
+        raise ValueError(
+            f"inplace_backward=True would overwrite {name}, which is a leaf that requires grad or "
+            "a view of one; it takes what a model has computed"
+        )
+    _check_rows_can_be_written(input, name)
+    return Overwriting(_as_grad_scale(grad_scale, input))
+
+
+def _check_grad_scale(grad_scale: Tensor | float, input: Tensor) -> None:
+    if not isinstance(grad_scale, Tensor):
+        if not _is_number(grad_scale):
+            raise TypeError(
+                f"grad_scale must be a number or a 0-d tensor, got {type(grad_scale).__name__}"
+            )
+        limits = torch.finfo(reference.compute_dtype(input))
+        if not limits.tiny <= grad_scale <= limits.max:
+            raise ValueError(
+                f"grad_scale must be positive and finite in {limits.dtype}, got {grad_scale}"
+            )
+        return
+    check_strided(grad_scale, "grad_scale")
+    if grad_scale.dtype not in FLOATING_DTYPES:
+        raise TypeError(f"grad_scale must be floating point, got {grad_scale.dtype}")
+    if grad_scale.dim() != 0:
+        raise ValueError(f"grad_scale must be 0-d, got shape {list(grad_scale.shape)}")
+    if grad_scale.device != input.device:
+        raise ValueError(
+            f"grad_scale must be on the device of input, {input.device}, got {grad_scale.device}"
+        )
+    if grad_scale.requires_grad:
+        raise ValueError("grad_scale must not require grad; it is a constant (detach it)")
+    if contents_may_be_checked(grad_scale) and not 0 < grad_scale.item() < math.inf:
+        raise ValueError(f"grad_scale must be positive and finite, got {grad_scale.item()}")
+
+
+def _as_grad_scale(grad_scale: Tensor | float, input: Tensor) -> Tensor | None:
+    # Rounded as what will come from above is: the two are compared.
+    dtype = reference.compute_dtype(input)
+    if isinstance(grad_scale, Tensor):
+        return grad_scale.to(dtype).to(torch.float64)
+    if grad_scale == 1:
+        return None
+    rounded = torch.tensor(grad_scale, dtype=dtype).item()
+    return torch.full((), rounded, dtype=torch.float64, device=input.device)
+
+
+def _check_rows_can_be_written(input: Tensor, name: str) -> None:
+    """Raise unless ``[..., C]`` is ``[N, C]`` with unit stride within rows that do not overlap."""
+    num_labels = input.shape[-1]
+    try:
+        rows = input.detach().view(math.prod(input.shape[:-1]), num_labels)
+    except RuntimeError:  # no view of these strides has this shape
+        fits = False
+    else:
+        row_stride, stride = rows.stride()
+        fits = (num_labels <= 1 or stride == 1) and (rows.shape[0] <= 1 or row_stride >= num_labels)
+    if not fits and input.numel() > 0:
+        raise ValueError(
+            f"inplace_backward=True would overwrite {name}: it must be viewable as [N, C] with "
+            "unit stride within rows, and no element may be there twice; got shape "
+            f"{list(input.shape)} with strides {list(input.stride())}"
+        )

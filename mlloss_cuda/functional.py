@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from . import arguments, ops, reference, targets
+from . import arguments, inplace, ops, reference, targets
+from .inplace import Overwriting
 from .targets import Labels, LabelsLike, normalize_mask, normalize_target
 
 
@@ -19,6 +22,8 @@ def sigmoid_cross_entropy(
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    inplace_backward: bool = False,
+    grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
     r"""Sigmoid cross-entropy (binary cross-entropy with logits), fused and masked.
 
@@ -55,6 +60,15 @@ def sigmoid_cross_entropy(
             number of rows). A zero denominator gives loss 0 and gradient 0.
         normalizer: number or 0-d tensor, a denominator instead of the one of ``reduction``
             (which must be left at ``'mean'`` or ``'sum'``).
+        inplace_backward: whether the forward pass shall compute the gradient as well and write it
+            over ``input``, which saves the memory of a gradient and one reading of everything. For
+            logits that nobody needs afterwards: they must be computed (no leaf), viewable as
+            ``[N, C]`` with unit stride within rows, and ``reduction`` not ``'none'``. There is one
+            backward pass then. Without effect where no gradient is wanted, and under
+            ``torch.compile``.
+        grad_scale: with ``inplace_backward``, the gradient of the loss that is to be expected from
+            above: a positive number or 0-d tensor, such as a loss scale or 1 / accumulation steps.
+            What comes is then not multiplied again, and low precision is rounded once.
 
     Returns:
         The loss, fp32 (fp64 for fp64 input): 0-d, or the shape of input for ``'none'``. The
@@ -62,9 +76,11 @@ def sigmoid_cross_entropy(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: an argument has a wrong shape, device or value. Negative weights and
-            indices out of range are found on the CPU; on a GPU they give NaN in the elements or
-            rows concerned (see :func:`mlloss_cuda.debug_checks`).
+        ValueError: an argument has a wrong shape, device or value, or input cannot be overwritten.
+            Negative weights and indices out of range are found on the CPU; on a GPU they give NaN
+            in the elements or rows concerned (see :func:`mlloss_cuda.debug_checks`).
+        RuntimeError: from the backward pass with ``inplace_backward``: the logits were used again
+            after the loss, their old values are needed, or it runs a second time.
 
     >>> import torch, mlloss_cuda
     >>> logits = torch.tensor([[0.2, -1.0, 3.0], [0.0, 2.0, -2.0]])
@@ -72,6 +88,13 @@ def sigmoid_cross_entropy(
     >>> observed = torch.tensor([[1, 1, 1], [0, 1, 1]], dtype=torch.bool)
     >>> round(mlloss_cuda.sigmoid_cross_entropy(logits, labels, mask=observed).item(), 6)
     0.242769
+
+    The same with the gradient over the logits, which are not needed again:
+
+    >>> model = torch.nn.Linear(4, 3)
+    >>> logits = model(torch.ones(2, 4))
+    >>> loss = mlloss_cuda.sigmoid_cross_entropy(logits, labels, inplace_backward=True)
+    >>> loss.backward()
     """
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
@@ -81,9 +104,10 @@ def sigmoid_cross_entropy(
     label_smoothing = arguments.number_between(label_smoothing, "label_smoothing", 0.0, 1.0)
     ignore_index = arguments.ignored_value(ignore_index)
     normalizer = arguments.denominator(normalizer, reduction, input)
+    overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = (ops if native else reference).sigmoid_cross_entropy(
+    loss = _backend(native, overwriting).sigmoid_cross_entropy(
         logits,
         target_labels,
         mask_labels,
@@ -109,6 +133,8 @@ def binary_cross_entropy(  # noqa: D417 (documented once, where the docstring sa
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    inplace_backward: bool = False,
+    grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
     r"""Binary cross-entropy of probabilities; from logits, take :func:`sigmoid_cross_entropy`.
 
@@ -121,6 +147,7 @@ def binary_cross_entropy(  # noqa: D417 (documented once, where the docstring sa
         eps: None: each logarithm is at least -100 and its gradient at most 1e12, as in
             ``torch.nn.functional.binary_cross_entropy``. A number between 0 and 0.5: p is clipped
             to [eps, 1 - eps], beyond which the gradient is 0, as in Keras (eps=1e-7).
+        inplace_backward: not for what ``torch.sigmoid`` returns, which its own backward pass needs.
 
     Returns:
         The loss, as :func:`sigmoid_cross_entropy` does.
@@ -145,10 +172,11 @@ def binary_cross_entropy(  # noqa: D417 (documented once, where the docstring sa
     label_smoothing = arguments.number_between(label_smoothing, "label_smoothing", 0.0, 1.0)
     ignore_index = arguments.ignored_value(ignore_index)
     normalizer = arguments.denominator(normalizer, reduction, probs)
+    overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, probs, "probs")
     rows = arguments.as_rows(probs)
     native = _is_native(rows, target_labels, mask_labels, ignore_index)
     arguments.check_probabilities(rows, target_labels, mask_labels, ignore_index, "probs")
-    loss = (ops if native else reference).binary_cross_entropy(
+    loss = _backend(native, overwriting).binary_cross_entropy(
         rows,
         target_labels,
         mask_labels,
@@ -176,6 +204,8 @@ def sigmoid_focal_loss(  # noqa: D417 (documented once, where the docstring says
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    inplace_backward: bool = False,
+    grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
     r"""Focal loss: sigmoid cross-entropy, less of it where a label is predicted well.
 
@@ -216,9 +246,10 @@ def sigmoid_focal_loss(  # noqa: D417 (documented once, where the docstring says
     label_smoothing = arguments.number_between(label_smoothing, "label_smoothing", 0.0, 1.0)
     ignore_index = arguments.ignored_value(ignore_index)
     normalizer = arguments.denominator(normalizer, reduction, input)
+    overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = (ops if native else reference).sigmoid_focal_loss(
+    loss = _backend(native, overwriting).sigmoid_focal_loss(
         logits,
         target_labels,
         mask_labels,
@@ -248,6 +279,8 @@ def asymmetric_loss(  # noqa: D417 (documented once, where the docstring says)
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    inplace_backward: bool = False,
+    grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
     r"""Asymmetric loss (ASL): focusing of its own for negatives, of which the easy ones count 0.
 
@@ -289,9 +322,10 @@ def asymmetric_loss(  # noqa: D417 (documented once, where the docstring says)
     label_smoothing = arguments.number_between(label_smoothing, "label_smoothing", 0.0, 1.0)
     ignore_index = arguments.ignored_value(ignore_index)
     normalizer = arguments.denominator(normalizer, reduction, input)
+    overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = (ops if native else reference).asymmetric_loss(
+    loss = _backend(native, overwriting).asymmetric_loss(
         logits,
         target_labels,
         mask_labels,
@@ -318,6 +352,8 @@ def multilabel_categorical_crossentropy(
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    inplace_backward: bool = False,
+    grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
     r"""Multi-label categorical cross-entropy (ZLPR), one pass over each row.
 
@@ -339,6 +375,8 @@ def multilabel_categorical_crossentropy(
             ``'sum'`` (S), ``'mean'`` and ``'batchmean'`` (S / number of rows), ``'mean_nonzero'``
             (S / number of nonzero weights), ``'weighted_mean'`` (S / sum of weights).
         normalizer: as in :func:`sigmoid_cross_entropy`.
+        inplace_backward: as in :func:`sigmoid_cross_entropy`.
+        grad_scale: as in :func:`sigmoid_cross_entropy`; also of the threshold's gradient.
 
     Returns:
         The loss, fp32 (fp64 for fp64 input): 0-d, or shape ``[...]`` for ``'none'``.
@@ -359,9 +397,10 @@ def multilabel_categorical_crossentropy(
     threshold = arguments.row_threshold(threshold, input)
     ignore_index = arguments.ignored_value(ignore_index)
     normalizer = arguments.denominator(normalizer, reduction, input)
+    overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = (ops if native else reference).multilabel_categorical_crossentropy(
+    loss = _backend(native, overwriting).multilabel_categorical_crossentropy(
         logits,
         target_labels,
         mask_labels,
@@ -386,6 +425,8 @@ def multilabel_ranking_loss(  # noqa: D417 (documented once, where the docstring
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    inplace_backward: bool = False,
+    grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
     r"""Log-sum-exp pairwise ranking loss (LSEP): every positive above every negative.
 
@@ -419,9 +460,10 @@ def multilabel_ranking_loss(  # noqa: D417 (documented once, where the docstring
     weight = arguments.rowwise_constant(weight, input, "weight")
     ignore_index = arguments.ignored_value(ignore_index)
     normalizer = arguments.denominator(normalizer, reduction, input)
+    overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = (ops if native else reference).multilabel_ranking_loss(
+    loss = _backend(native, overwriting).multilabel_ranking_loss(
         logits,
         target_labels,
         mask_labels,
@@ -712,6 +754,13 @@ def dice_loss(  # noqa: D417 (documented once, where the docstring says)
         reduction=reduction,
         normalizer=normalizer,
     )
+
+
+def _backend(native: bool, overwriting: Overwriting | None) -> Any:
+    """Return what holds the functions that compute: a module, or an object in its place."""
+    if overwriting is None:
+        return ops if native else reference
+    return ops.OverInput(overwriting) if native else inplace.Reference(overwriting)
 
 
 def _is_native(

@@ -66,6 +66,8 @@ class SigmoidCrossEntropyLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        inplace_backward: bool = False,
+        grad_scale: Tensor | float = 1.0,
     ) -> None:
         super().__init__(
             pos_weight=pos_weight,
@@ -73,6 +75,8 @@ class SigmoidCrossEntropyLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
         )
 
     def forward(
@@ -107,6 +111,8 @@ class BinaryCrossEntropyLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        inplace_backward: bool = False,
+        grad_scale: Tensor | float = 1.0,
     ) -> None:
         super().__init__(
             eps=eps,
@@ -115,6 +121,8 @@ class BinaryCrossEntropyLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
         )
 
     def forward(
@@ -150,6 +158,8 @@ class SigmoidFocalLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        inplace_backward: bool = False,
+        grad_scale: Tensor | float = 1.0,
     ) -> None:
         super().__init__(
             alpha=alpha,
@@ -159,6 +169,8 @@ class SigmoidFocalLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
         )
 
     def forward(
@@ -195,6 +207,8 @@ class AsymmetricLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        inplace_backward: bool = False,
+        grad_scale: Tensor | float = 1.0,
     ) -> None:
         super().__init__(
             gamma_neg=gamma_neg,
@@ -205,6 +219,8 @@ class AsymmetricLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
         )
 
     def forward(
@@ -239,12 +255,16 @@ class MultilabelCategoricalCrossentropy(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        inplace_backward: bool = False,
+        grad_scale: Tensor | float = 1.0,
     ) -> None:
         super().__init__(
             threshold=threshold,
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
         )
 
     def forward(
@@ -279,11 +299,15 @@ class MultilabelRankingLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        inplace_backward: bool = False,
+        grad_scale: Tensor | float = 1.0,
     ) -> None:
         super().__init__(
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
         )
 
     def forward(

@@ -1,11 +1,12 @@
 """The native operators: loading, fake kernels, autograd.
 
-``csrc/ops.cpp`` lists the schemas. Each loss has two pairs of operators:
+``csrc/ops.cpp`` lists the schemas. Each loss has two pairs of operators, and one that stands alone:
 
 - ``<loss>_out`` and ``<loss>_backward_out`` are the kernels. They write into tensors allocated
   here, so that running out of memory raises torch's own error.
 - ``<loss>`` and ``<loss>_backward`` are functional, with autograd, and are what ``torch.compile``
   and ``torch.export`` see.
+- ``<loss>_inplace_out`` writes the gradient over the logits (``inplace.py``).
 
 Eager calls go through a ``torch.autograd.Function`` straight to the kernels, which leaves out a
 layer of dispatch.
@@ -13,15 +14,16 @@ layer of dispatch.
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import build_information
+from . import build_information, inplace
 from .targets import OBSERVED, SPARSE, Labels, SparseLabels, check_indices
 
 # Values of the `reduction` arguments of the operators; csrc/problem.h has the same numbers.
@@ -78,6 +80,15 @@ def check_contents(target: Labels, mask: Labels | None, logits: Tensor) -> None:
             check_indices(SparseLabels(labels.data, labels.offsets), logits.shape[1], name)
 
 
+def _check_listed(arguments: tuple[Any, ...], num_labels: int) -> None:
+    """Raise ``ValueError`` for indices out of range among the arguments of an operator."""
+    target, target_offsets, _, target_format, mask, mask_offsets, mask_format = arguments[:7]
+    if target_format in (SPARSE, OBSERVED):
+        check_indices(SparseLabels(target, target_offsets), num_labels, "target")
+    if mask_format == SPARSE:
+        check_indices(SparseLabels(mask, mask_offsets), num_labels, "mask")
+
+
 # What stands behind `input` in the arguments of every operator: target, target_offsets,
 # target_values, target_format, mask, mask_offsets, mask_format, ignore_index.
 _LABEL_ARGUMENTS = 8
@@ -114,11 +125,7 @@ class _Loss:
 
     def forward(self, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         """Run the forward kernel on ``[N, C]`` logits."""
-        target, target_offsets, _, target_format, mask, mask_offsets, mask_format = arguments[:7]
-        if target_format in (SPARSE, OBSERVED):
-            check_indices(SparseLabels(target, target_offsets), input.shape[1], "target")
-        if mask_format == SPARSE:
-            check_indices(SparseLabels(mask, mask_offsets), input.shape[1], "mask")
+        _check_listed(arguments, input.shape[1])
         results = self.results(input, arguments[-1])
         kernel = getattr(_kernels[input.device.type], f"{self.name}_out")
         kernel(input, *arguments, *results)
@@ -148,6 +155,34 @@ class _Loss:
         if self.has_threshold:
             padded[1 + _LABEL_ARGUMENTS] = gradients[1]
         return tuple(padded)
+
+    def over_input(
+        self, input: Tensor, arguments: tuple[Any, ...], grad_scale: Tensor | None
+    ) -> Tensor:
+        """Return the loss, and write grad_scale times its gradient over `input`."""
+        _check_listed(arguments, input.shape[1])
+        arguments = inplace.apart_from(input, arguments)
+        loss, *rest = self.results(input, arguments[-1])
+        kernels = _kernels[input.device.type]
+
+        def compute(rows: Tensor) -> Tensor | None:
+            kernel = getattr(kernels, f"{self.name}_inplace_out")
+            if not self.has_threshold:
+                kernel(rows, *arguments, grad_scale, loss, *rest)
+                return None
+            grad_threshold = torch.empty(rows.shape[0], dtype=loss.dtype, device=rows.device)
+            kernel(rows, *arguments, grad_scale, loss, *rest, grad_threshold)
+            return grad_threshold
+
+        return inplace.loss_over_input(
+            self.name,
+            input,
+            arguments[_LABEL_ARGUMENTS] if self.has_threshold else None,
+            loss,
+            compute=compute,
+            rescale=kernels.rescale_,
+            grad_scale=grad_scale,
+        )
 
     def no_second_derivative(self) -> RuntimeError:
         """Return the error for an attempt to differentiate the backward pass."""
@@ -270,7 +305,7 @@ def _register(loss: _Loss) -> None:
     torch.library.register_fake(f"{name}_backward", fake_backward, lib=_library)
     torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(f"{name}_backward", refuse, lib=_library)
-    for kernel in (f"{name}_out", f"{name}_backward_out"):
+    for kernel in (f"{name}_out", f"{name}_inplace_out", f"{name}_backward_out"):
         torch.library.register_fake(kernel, lambda *_: None, lib=_library)
 
 
@@ -311,6 +346,7 @@ def _pointwise(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    overwriting: inplace.Overwriting | None = None,
 ) -> Tensor:
     """Call a loss that is a sum over elements; `own` is what its schema has behind the weight."""
     arguments = (
@@ -322,6 +358,8 @@ def _pointwise(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
+    if overwriting is not None:
+        return _LOSSES[name].over_input(input, arguments, overwriting.grad_scale)
     return _LOSSES[name](input, arguments, differentiable=input.requires_grad)
 
 
@@ -401,6 +439,7 @@ def multilabel_categorical_crossentropy(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    overwriting: inplace.Overwriting | None = None,
 ) -> Tensor:
     """Run the native ZLPR, threshold ``[N]``."""
     arguments = (
@@ -411,6 +450,10 @@ def multilabel_categorical_crossentropy(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
+    if overwriting is not None:
+        return _LOSSES["multilabel_categorical_crossentropy"].over_input(
+            input, arguments, overwriting.grad_scale
+        )
     return _LOSSES["multilabel_categorical_crossentropy"](
         input, arguments, differentiable=input.requires_grad or threshold.requires_grad
     )
@@ -425,6 +468,7 @@ def multilabel_ranking_loss(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    overwriting: inplace.Overwriting | None = None,
 ) -> Tensor:
     """Run the native ranking loss."""
     arguments = (
@@ -434,7 +478,21 @@ def multilabel_ranking_loss(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
+    if overwriting is not None:
+        return _LOSSES["multilabel_ranking_loss"].over_input(
+            input, arguments, overwriting.grad_scale
+        )
     return _LOSSES["multilabel_ranking_loss"](input, arguments, differentiable=input.requires_grad)
+
+
+class OverInput:
+    """The functions above, with their gradient written over the logits."""
+
+    def __init__(self, overwriting: inplace.Overwriting) -> None:
+        self._overwriting = overwriting
+
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        return functools.partial(globals()[name], overwriting=self._overwriting)
 
 
 def _load() -> None:
@@ -452,3 +510,4 @@ if _kernels:
     _library = torch.library.Library("mlloss_cuda", "IMPL")
     for _loss in _LOSSES.values():
         _register(_loss)
+    torch.library.register_fake("mlloss_cuda::rescale_", lambda *_: None, lib=_library)

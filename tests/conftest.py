@@ -29,11 +29,14 @@ THREAD_ORDERS = ("ascending", "descending", "shuffled")
 
 def _number_of_outputs(kernel: str) -> int:
     """How many of a kernel's arguments, the last ones, are outputs."""
-    backward = kernel.endswith("_backward_out")
-    loss = ops._LOSSES[kernel.removesuffix("_backward_out" if backward else "_out")]
-    if backward:
+    if kernel == "rescale_":
+        return 0  # its only output is an input
+    kind = next(kind for kind in ("_inplace_out", "_backward_out", "_out") if kernel.endswith(kind))
+    loss = ops._LOSSES[kernel.removesuffix(kind)]
+    if kind == "_backward_out":
         return 2 if loss.has_threshold else 1  # gradients
-    return 3 if loss.rowwise else 2  # loss, statistics, scale
+    results = 3 if loss.rowwise else 2  # loss, statistics, scale
+    return results + 1 if kind == "_inplace_out" and loss.has_threshold else results
 
 
 class PoisonedOutputs:
@@ -47,7 +50,7 @@ class PoisonedOutputs:
         outputs = _number_of_outputs(name)
 
         def call(*arguments: Any) -> None:
-            for output in arguments[-outputs:]:
+            for output in arguments[len(arguments) - outputs :]:
                 output.fill_(math.nan)
             kernel(*arguments)
 

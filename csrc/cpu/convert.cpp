@@ -216,8 +216,12 @@ void store(const double* values, int count, void* data, Element, int64_t offset)
 }
 
 void zero_row(const Problem& problem, int64_t row, void* grad_input) {
-  const int64_t bytes = problem.columns * element_size(problem.element);
-  std::memset(static_cast<char*>(grad_input) + row * bytes, 0, static_cast<size_t>(bytes));
+  zero_run(grad_input, problem.element, row * problem.columns, problem.columns);
+}
+
+void zero_run(void* data, Element element, int64_t offset, int64_t count) {
+  const int64_t size = element_size(element);
+  std::memset(static_cast<char*>(data) + offset * size, 0, static_cast<size_t>(count * size));
 }
 
 int64_t element_size(Element element) {

@@ -30,6 +30,9 @@ void store(const double* values, int count, void* data, Element element, int64_t
 // Makes a row of a contiguous [N, C] gradient 0.
 void zero_row(const Problem& problem, int64_t row, void* grad_input);
 
+// data[offset + i] = 0, i < count; for the dtypes of logits.
+void zero_run(void* data, Element element, int64_t offset, int64_t count);
+
 int64_t element_size(Element element);
 
 // data[index] of an int32 or int64 array.

@@ -1,4 +1,5 @@
-// The CPU kernels, one source file per loss: cpu::<loss>::forward and cpu::<loss>::backward.
+// The CPU kernels, one source file per loss: cpu::<loss>::forward and cpu::<loss>::backward; and
+// cpu::rescale.
 #pragma once
 #include "losses.h"
 #include "problem.h"
@@ -19,5 +20,7 @@ MLLOSS_ROWWISE_LOSSES(MLLOSS_DECLARE_ROWWISE)
 #undef MLLOSS_DECLARE_ROWWISE
 #undef MLLOSS_DECLARE_POINTWISE
 #undef MLLOSS_DECLARE
+
+void rescale(RescaleProblem problem);
 
 }  // namespace mlloss::cpu

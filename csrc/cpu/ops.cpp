@@ -21,6 +21,10 @@ namespace {
     }                                                                                         \
   };
 
+struct rescale_kernel : TorchTensors {
+  static void rescale(const Tensor&, const RescaleProblem& problem) { cpu::rescale(problem); }
+};
+
 MLLOSS_POINTWISE_LOSSES(MLLOSS_KERNELS)
 MLLOSS_ROWWISE_LOSSES(MLLOSS_KERNELS)
 MLLOSS_POINTWISE_LOSSES(MLLOSS_POINTWISE_OPERATORS)
@@ -30,10 +34,12 @@ MLLOSS_ROWWISE_LOSSES(MLLOSS_ROWWISE_OPERATORS)
 }  // namespace mlloss
 
 STABLE_TORCH_LIBRARY_IMPL(mlloss_cuda, CPU, m) {
-#define MLLOSS_REGISTER(name, ...)                                     \
-  m.impl(#name "_out", TORCH_BOX(&mlloss::name##_operators::forward)); \
+#define MLLOSS_REGISTER(name, ...)                                             \
+  m.impl(#name "_out", TORCH_BOX(&mlloss::name##_operators::forward));         \
+  m.impl(#name "_inplace_out", TORCH_BOX(&mlloss::name##_operators::inplace)); \
   m.impl(#name "_backward_out", TORCH_BOX(&mlloss::name##_operators::backward));
   MLLOSS_POINTWISE_LOSSES(MLLOSS_REGISTER)
   MLLOSS_ROWWISE_LOSSES(MLLOSS_REGISTER)
 #undef MLLOSS_REGISTER
+  m.impl("rescale_", TORCH_BOX(&mlloss::RescaleOperator<mlloss::rescale_kernel>::rescale));
 }

@@ -568,11 +568,181 @@ PartialSum forward_over_entries(const PointwiseProblem& problem, typename Loss::
   return total_of(sums);
 }
 
-template <class Loss, class Forward>
+// Whether every element counts, so that there is nothing to look at for a denominator.
+inline bool counts_everything(const PointwiseProblem& problem) {
+  return problem.mask.data == nullptr && !problem.has_ignored &&
+         problem.target.format != Format::kObserved &&
+         (problem.weight.data == nullptr || problem.reduction == Reduction::kMean);
+}
+
+// The denominator before the pass that needs it: from labels and weights alone, with the sums of
+// the forward pass.
+template <class Loss>
+double count_beforehand(PointwiseProblem problem) {
+  using Real = typename Loss::Real;
+  if (!counts(problem.reduction)) return 0;
+  if (counts_everything(problem)) return static_cast<double>(problem.rows * problem.columns);
+  for (Strided& parameter : problem.parameters) parameter = {};
+  problem.label_smoothing = 0;
+  const bool by_entries = goes_by_entries(problem);
+  const Pieces pieces =
+      by_entries ? pieces_of_entries(problem, true) : Pieces(problem.rows, problem.columns);
+  const Carrier carrier = carrier_for<Loss>(problem);
+  std::vector<PartialSum> sums(pieces.count());
+  for_pieces(pieces, [&](int64_t first, int64_t last) {
+    LabelReader<Real> labels(problem, false, carrier);
+    EntryReader<Real> entries(problem);
+    PointwiseConstants<Real> constants(problem);
+    for (int64_t index = first; index < last; ++index) {
+      const Piece piece = pieces[index];
+      const auto add = [&](const PointwiseTile<Real>& tile) {
+        sums[index].denominator += counted(tile, problem.reduction);
+      };
+      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+        if (by_entries) {
+          entries.start_row(row);
+          for (Tile<Real> tile = entries.tile(); tile.count > 0; tile = entries.tile()) {
+            add(constants.attach(tile, row, entries.columns()));
+          }
+          continue;
+        }
+        labels.start_row(row, piece.column_begin, piece.column_end);
+        for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
+          const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
+          const Tile<Real> tile{count, nullptr, labels.tile(begin, count)};
+          if (!tile.labels.empty) add(constants.attach(tile, row, begin));
+        }
+      }
+    }
+  });
+  return total_of(sums).denominator;
+}
+
+// Loss and gradient in one pass: of each tile first the one, then the other, while it is in the
+// cache. `scale` is the factor of the gradient; `output` may be the logits.
+template <class Loss, class Forward, class Backward>
+PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::Real scale,
+                               void* output, const Forward& forward, const Backward& backward) {
+  using Real = typename Loss::Real;
+  const Loss loss = Loss::from(problem);
+  const Pieces pieces(problem.rows, problem.columns);
+  std::vector<PartialSum> sums(pieces.count());
+  for_pieces(pieces, [&](int64_t first, int64_t last) {
+    TileReader<Real> reader(problem, false, carrier_for<Loss>(problem));
+    PointwiseConstants<Real> constants(problem);
+    alignas(64) Real buffer[kTile];
+    for (int64_t index = first; index < last; ++index) {
+      const Piece piece = pieces[index];
+      PartialSum sum;
+      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+        for_tiles(piece, row, reader, [&](const Tile<Real>& labelled, int64_t begin) {
+          const int64_t offset = row * problem.row_stride + begin;
+          const int count = labelled.count;
+          if (labelled.labels.empty) return zero_run(output, problem.element, offset, count);
+          Real* gradients =
+              problem.element == kElementOf<Real> ? static_cast<Real*>(output) + offset : buffer;
+          const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+          sum.total += forward(loss, tile, static_cast<Real*>(nullptr));
+          backward(loss, tile, scale, gradients);
+          if (gradients == buffer) store(buffer, count, output, problem.element, offset);
+        });
+      }
+      sums[index] = sum;
+    }
+  });
+  return total_of(sums);
+}
+
+// Gradients of a row's entries, kept until all its logits have been read.
+template <class Real>
+class RowOfEntries {
+ public:
+  void clear() {
+    columns_.clear();
+    values_.clear();
+  }
+
+  // Room for the values of `count` more columns.
+  Real* add(const int64_t* columns, int count) {
+    columns_.insert(columns_.end(), columns, columns + count);
+    values_.resize(columns_.size());
+    return values_.data() + values_.size() - count;
+  }
+
+  // Writes the row, 0 where there is no entry; `offset` is where it begins.
+  void write(const Problem& problem, void* output, int64_t offset) const {
+    zero_run(output, problem.element, offset, problem.columns);
+    for (size_t i = 0; i < values_.size(); i += kTile) {
+      const int count = static_cast<int>(std::min<size_t>(kTile, values_.size() - i));
+      scatter(values_.data() + i, columns_.data() + i, count, output, problem.element, offset);
+    }
+  }
+
+ private:
+  std::vector<int64_t> columns_;
+  std::vector<Real> values_;
+};
+
+// The same where only the listed labels are observed.
+template <class Loss, class Forward, class Backward>
+PartialSum one_pass_over_entries(const PointwiseProblem& problem, typename Loss::Real scale,
+                                 void* output, const Forward& forward, const Backward& backward) {
+  using Real = typename Loss::Real;
+  const Loss loss = Loss::from(problem);
+  const Pieces pieces = pieces_of_entries(problem, true);
+  std::vector<PartialSum> sums(pieces.count());
+  for_pieces(pieces, [&](int64_t first, int64_t last) {
+    EntryReader<Real> reader(problem);
+    PointwiseConstants<Real> constants(problem);
+    RowOfEntries<Real> gradients;
+    for (int64_t index = first; index < last; ++index) {
+      const Piece piece = pieces[index];
+      PartialSum sum;
+      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+        reader.start_row(row);
+        gradients.clear();
+        for (Tile<Real> entries = reader.tile(); entries.count > 0; entries = reader.tile()) {
+          const PointwiseTile<Real> tile = constants.attach(entries, row, reader.columns());
+          sum.total += forward(loss, tile, static_cast<Real*>(nullptr));
+          backward(loss, tile, scale, gradients.add(reader.columns(), tile.count));
+        }
+        gradients.write(problem, output, row * problem.row_stride);
+      }
+      sums[index] = sum;
+    }
+  });
+  return total_of(sums);
+}
+
+// `scale`, as the gradient of the reduced loss needs it.
+inline double scaled_for_gradient(double scale, const ForwardOutput& output) {
+  return output.gradient_scale == nullptr ? scale : scale * *output.gradient_scale;
+}
+
+template <class Loss, class Forward, class Backward>
+void pointwise_one_pass(const PointwiseProblem& problem, const ForwardOutput& output,
+                        const Forward& forward, const Backward& backward) {
+  using Real = typename Loss::Real;
+  const double count = count_beforehand<Loss>(problem);
+  const double denominator =
+      denominator_of(problem.reduction, count, problem.batch, problem.normalizer);
+  const Real scale = static_cast<Real>(scaled_for_gradient(scale_of(denominator), output));
+  PartialSum sum =
+      goes_by_entries(problem)
+          ? one_pass_over_entries<Loss>(problem, scale, output.gradient, forward, backward)
+          : one_pass_over_tiles<Loss>(problem, scale, output.gradient, forward, backward);
+  sum.denominator = count;
+  finish_sum(problem, sum, output);
+}
+
+template <class Loss, class Forward, class Backward>
 void pointwise_forward(PointwiseProblem problem, const ForwardOutput& output,
-                       const Forward& forward) {
+                       const Forward& forward, const Backward& backward) {
   using Real = typename Loss::Real;
   flatten(problem, nullptr);
+  if (output.gradient != nullptr) {
+    return pointwise_one_pass<Loss>(problem, output, forward, backward);
+  }
   Real* losses = problem.reduction == Reduction::kNone ? static_cast<Real*>(output.loss) : nullptr;
   if (losses != nullptr) {
     prefer_huge_pages(losses, problem.rows * problem.columns * int64_t(sizeof(Real)));
@@ -737,10 +907,14 @@ void pointwise_backward(PointwiseProblem problem, const BackwardInput& input,
     const auto loop = [](const auto& loss, const auto& tile, auto* losses) {                       \
       return forward_loop(loss, tile, losses);                                                     \
     };                                                                                             \
+    const auto gradient_loop = [](const auto& loss, const auto& tile, auto scale,                  \
+                                  auto* gradients) {                                               \
+      backward_loop(loss, tile, scale, gradients);                                                 \
+    };                                                                                             \
     if (problem.element == Element::kDouble) {                                                     \
-      pointwise_forward<Formula<double>>(problem, output, loop);                                   \
+      pointwise_forward<Formula<double>>(problem, output, loop, gradient_loop);                    \
     } else {                                                                                       \
-      pointwise_forward<Formula<float>>(problem, output, loop);                                    \
+      pointwise_forward<Formula<float>>(problem, output, loop, gradient_loop);                     \
     }                                                                                              \
   }                                                                                                \
                                                                                                    \

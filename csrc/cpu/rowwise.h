@@ -227,12 +227,150 @@ void for_row_tiles(const Problem& problem, const Piece& piece, int64_t row, Tile
   }
 }
 
-// Loss: the row loss, with static finish(); `sums` wraps sums_of_tile.
-template <class Loss, class Real, class Sums>
-void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums) {
+// Sums of a piece of a row; `sums` wraps sums_of_tile.
+template <class Real, class Sums>
+RowSums<double> sums_of_piece(const Problem& problem, const Piece& piece, int64_t row,
+                              TileReader<Real>& tiles, EntryReader<Real>& entries,
+                              const Sums& sums) {
+  RowSums<double> sum = RowSums<double>::empty();
+  for_row_tiles(problem, piece, row, tiles, entries, [&](const Tile<Real>& tile, int64_t) {
+    if (tile.labels.empty) return;
+    const RowSums<double> part = sums(tile);
+    sum.positive = combine(sum.positive, part.positive);
+    sum.negative = combine(sum.negative, part.negative);
+  });
+  return sum;
+}
+
+// Combines the pieces of a row, the first of which is `parts`.
+inline RowSums<double> combined(const RowSums<double>* parts, int64_t count) {
+  RowSums<double> sum = RowSums<double>::empty();
+  for (int64_t i = 0; i < count; ++i) {
+    sum.positive = combine(sum.positive, parts[i].positive);
+    sum.negative = combine(sum.negative, parts[i].negative);
+  }
+  return sum;
+}
+
+// Where gradients go.
+struct GradientTarget {
+  void* data;          // [N, C], element type of the logits
+  int64_t row_stride;  // in elements
+  void* threshold;     // [N], element type of the statistics; or nullptr
+};
+
+// Writes the gradients of a piece of a row, times `scale`; `gradients` wraps gradients_of_tile.
+// `target` may be the logits.
+template <class Loss, class Real, class Gradients>
+void write_gradients(const RowwiseProblem& problem, const Piece& piece, int64_t row, double scale,
+                     const RowStatistics<Real>& statistics, const GradientTarget& target,
+                     TileReader<Real>& tiles, EntryReader<Real>& entries,
+                     RowOfEntries<Real>& row_of_entries, const Gradients& gradients) {
   const bool by_entries = goes_by_entries(problem);
-  const Pieces pieces =
-      by_entries ? pieces_of_entries(problem, false) : Pieces(problem.rows, problem.columns);
+  alignas(64) Real buffer[kTile];
+  if constexpr (Loss::kHasThreshold) {
+    if (piece.column_begin == 0) {
+      const Real threshold = static_cast<Real>(value_at(problem.threshold, row));
+      const Real derivative = Loss::threshold_gradient(statistics, threshold);
+      static_cast<Real*>(target.threshold)[row] =
+          scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
+    }
+  }
+  row_of_entries.clear();
+  for_row_tiles(problem, piece, row, tiles, entries, [&](const Tile<Real>& tile, int64_t begin) {
+    const int64_t offset = row * target.row_stride + begin;
+    Real* out = by_entries ? row_of_entries.add(entries.columns(), tile.count)
+                : problem.element == kElementOf<Real> ? static_cast<Real*>(target.data) + offset
+                                                      : buffer;
+    if (tile.labels.empty || scale == 0) {
+      std::fill_n(out, tile.count, Real(0));
+    } else {
+      gradients(tile, statistics, static_cast<Real>(scale), out);
+    }
+    if (out == buffer) store(buffer, tile.count, target.data, problem.element, offset);
+  });
+  if (by_entries) row_of_entries.write(problem, target.data, row * target.row_stride);
+}
+
+// Loss and gradient in one pass: of each row first the sums, then the gradients, while it is in the
+// cache. Long rows go in groups of as many elements as there is work for all threads.
+template <class Loss, class Real, class Sums, class Gradients>
+void rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums,
+                      const Gradients& gradients) {
+  constexpr int64_t kGroup = 64 * kPiece;
+  const Pieces pieces = goes_by_entries(problem) ? pieces_of_entries(problem, true)
+                                                 : Pieces(problem.rows, problem.columns);
+  auto* statistics = static_cast<RowStatistics<Real>*>(output.statistics);
+  std::vector<double> losses(problem.rows);
+  double counted = 0;
+  for (int64_t row = 0; row < problem.rows; ++row) {
+    counted += counted_row(problem.reduction, weight_at(problem.weight, row));
+  }
+  const double scale = scaled_for_gradient(
+      scale_of(denominator_of(problem.reduction, counted, problem.batch, problem.normalizer)),
+      output);
+  const GradientTarget target{output.gradient, problem.row_stride, output.gradient_threshold};
+  const auto finish = [&](int64_t row, const RowSums<double>& sum) {
+    losses[row] = Loss::finish(sum.positive, sum.negative, value_at(problem.threshold, row),
+                               statistics + row);
+  };
+  const auto scale_of_row = [&](int64_t row) {
+    const double weight = weight_at(problem.weight, row);
+    return weight == 0 ? 0.0 : weight * scale;
+  };
+  const int64_t per_row = pieces.per_row();
+  const int64_t group =
+      per_row == 1 ? pieces.count() : std::max<int64_t>(1, kGroup / problem.columns) * per_row;
+  std::vector<RowSums<double>> partial(per_row > 1 ? group : 0);
+  for (int64_t begin = 0; begin < pieces.count(); begin += group) {
+    const int64_t end = std::min(begin + group, pieces.count());
+    for_pieces(begin, end, [&](int64_t first, int64_t last) {
+      TileReader<Real> tiles(problem, true);
+      EntryReader<Real> entries(problem);
+      RowOfEntries<Real> row_of_entries;
+      for (int64_t index = first; index < last; ++index) {
+        const Piece piece = pieces[index];
+        for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+          const auto sum = sums_of_piece(problem, piece, row, tiles, entries, sums);
+          if (per_row > 1) {
+            partial[index - begin] = sum;
+            continue;
+          }
+          finish(row, sum);
+          write_gradients<Loss>(problem, piece, row, scale_of_row(row), statistics[row], target,
+                                tiles, entries, row_of_entries, gradients);
+        }
+      }
+    });
+    if (per_row == 1) break;
+    for (int64_t index = begin; index < end; index += per_row) {
+      finish(index / per_row, combined(partial.data() + (index - begin), per_row));
+    }
+    for_pieces(begin, end, [&](int64_t first, int64_t last) {
+      TileReader<Real> tiles(problem, true);
+      EntryReader<Real> entries(problem);
+      RowOfEntries<Real> row_of_entries;
+      for (int64_t index = first; index < last; ++index) {
+        const Piece piece = pieces[index];
+        const int64_t row = piece.row_begin;
+        write_gradients<Loss>(problem, piece, row, scale_of_row(row), statistics[row], target,
+                              tiles, entries, row_of_entries, gradients);
+      }
+    });
+  }
+  reduce_rows<Real>(problem, losses, output);
+}
+
+// Loss: the row loss, with static finish(); `sums` wraps sums_of_tile, `gradients`
+// gradients_of_tile.
+template <class Loss, class Real, class Sums, class Gradients>
+void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums,
+                     const Gradients& gradients) {
+  if (output.gradient != nullptr) {
+    return rowwise_one_pass<Loss, Real>(problem, output, sums, gradients);
+  }
+  const Pieces pieces = goes_by_entries(problem) ? pieces_of_entries(problem, false)
+                                                 : Pieces(problem.rows, problem.columns);
   auto* statistics = static_cast<RowStatistics<Real>*>(output.statistics);
   std::vector<double> losses(problem.rows);
   // Sums of the pieces of long rows, to be combined in order.
@@ -247,14 +385,7 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        RowSums<double> sum = RowSums<double>::empty();
-        const auto add = [&](const Tile<Real>& tile, int64_t) {
-          if (tile.labels.empty) return;
-          const RowSums<double> part = sums(tile);
-          sum.positive = combine(sum.positive, part.positive);
-          sum.negative = combine(sum.negative, part.negative);
-        };
-        for_row_tiles(problem, piece, row, tiles, entries, add);
+        const auto sum = sums_of_piece(problem, piece, row, tiles, entries, sums);
         if (partial.empty()) {
           finish(row, sum);
         } else {
@@ -265,66 +396,34 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
   });
   if (!partial.empty()) {
     for (int64_t row = 0; row < problem.rows; ++row) {
-      RowSums<double> sum = RowSums<double>::empty();
-      for (int64_t i = row * pieces.per_row(); i < (row + 1) * pieces.per_row(); ++i) {
-        sum.positive = combine(sum.positive, partial[i].positive);
-        sum.negative = combine(sum.negative, partial[i].negative);
-      }
-      finish(row, sum);
+      finish(row, combined(partial.data() + row * pieces.per_row(), pieces.per_row()));
     }
   }
   reduce_rows<Real>(problem, losses, output);
 }
 
-// `gradients` wraps gradients_of_tile.
 template <class Loss, class Real, class Gradients>
 void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
                       const BackwardOutput& output, const Gradients& gradients) {
-  const bool by_entries = goes_by_entries(problem);
-  const Pieces pieces =
-      by_entries ? pieces_of_entries(problem, true) : Pieces(problem.rows, problem.columns);
+  const Pieces pieces = goes_by_entries(problem) ? pieces_of_entries(problem, true)
+                                                 : Pieces(problem.rows, problem.columns);
   const auto* statistics = static_cast<const RowStatistics<Real>*>(input.statistics);
-  auto* grad_threshold = static_cast<Real*>(output.grad_threshold);
+  const GradientTarget target{output.grad_input, problem.columns, output.grad_threshold};
   prefer_huge_pages(output.grad_input,
                     problem.rows * problem.columns * element_size(problem.element));
-  const auto gradient_scale = [&](int64_t row) {
+  const auto scale_of_row = [&](int64_t row) {
     const double weight = weight_at(problem.weight, row);
     return weight == 0 ? 0.0 : weight * *input.scale * value_at(input.grad_output, row);
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     TileReader<Real> tiles(problem, true);
     EntryReader<Real> entries(problem);
-    alignas(64) Real buffer[kTile];
+    RowOfEntries<Real> row_of_entries;
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        const double scale = gradient_scale(row);
-        if constexpr (Loss::kHasThreshold) {
-          if (piece.column_begin == 0) {
-            const Real threshold = static_cast<Real>(value_at(problem.threshold, row));
-            const Real derivative = Loss::threshold_gradient(statistics[row], threshold);
-            grad_threshold[row] = scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
-          }
-        }
-        if (by_entries) zero_row(problem, row, output.grad_input);
-        const auto write = [&](const Tile<Real>& tile, int64_t begin) {
-          const int64_t offset = row * problem.columns + begin;
-          Real* out = !by_entries && problem.element == kElementOf<Real>
-                          ? static_cast<Real*>(output.grad_input) + offset
-                          : buffer;
-          if (tile.labels.empty || scale == 0) {
-            std::fill_n(out, tile.count, Real(0));
-          } else {
-            gradients(tile, statistics[row], static_cast<Real>(scale), out);
-          }
-          if (by_entries) {
-            scatter(buffer, entries.columns(), tile.count, output.grad_input, problem.element,
-                    offset);
-          } else if (out == buffer) {
-            store(buffer, tile.count, output.grad_input, problem.element, offset);
-          }
-        };
-        for_row_tiles(problem, piece, row, tiles, entries, write);
+        write_gradients<Loss>(problem, piece, row, scale_of_row(row), statistics[row], target,
+                              tiles, entries, row_of_entries, gradients);
       }
     }
   });
@@ -352,10 +451,12 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
                                                                                                    \
   void forward(const RowwiseProblem& problem, const ForwardOutput& output) {                       \
     const auto loop = [](const auto& tile) { return sums_loop(tile); };                            \
+    const auto gradient_loop = [](const auto& tile, const auto& statistics, auto scale,            \
+                                  auto* out) { gradients_loop(tile, statistics, scale, out); };    \
     if (problem.element == Element::kDouble) {                                                     \
-      rowwise_forward<Loss, double>(problem, output, loop);                                        \
+      rowwise_forward<Loss, double>(problem, output, loop, gradient_loop);                         \
     } else {                                                                                       \
-      rowwise_forward<Loss, float>(problem, output, loop);                                         \
+      rowwise_forward<Loss, float>(problem, output, loop, gradient_loop);                          \
     }                                                                                              \
   }                                                                                                \
                                                                                                    \

@@ -56,14 +56,19 @@ class Pieces {
   int64_t rows_, columns_, rows_per_piece_, per_row_;
 };
 
-// Calls body(begin, end) on ranges of piece numbers, in parallel.
+// Calls body(first, last) on ranges of the piece numbers [begin, end), in parallel.
+template <class Body>
+void for_pieces(int64_t begin, int64_t end, const Body& body) {
+  if (end - begin <= 1) {
+    body(begin, end);
+  } else {
+    torch::stable::parallel_for(begin, end, 1, body);
+  }
+}
+
 template <class Body>
 void for_pieces(const Pieces& pieces, const Body& body) {
-  if (pieces.count() <= 1) {
-    body(int64_t(0), pieces.count());
-  } else {
-    torch::stable::parallel_for(0, pieces.count(), 1, body);
-  }
+  for_pieces(int64_t(0), pieces.count(), body);
 }
 
 }  // namespace mlloss::cpu

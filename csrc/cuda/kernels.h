@@ -1,6 +1,6 @@
 // The launchers of the CUDA kernels, one source file per loss: cuda::<loss>::forward and
-// cuda::<loss>::backward. They take pointers to device memory, enqueue on `stream` and never
-// synchronise.
+// cuda::<loss>::backward; and cuda::rescale. They take pointers to device memory, enqueue on
+// `stream` and never synchronise.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -29,5 +29,7 @@ MLLOSS_ROWWISE_LOSSES(MLLOSS_DECLARE_ROWWISE)
 #undef MLLOSS_DECLARE_ROWWISE
 #undef MLLOSS_DECLARE_POINTWISE
 #undef MLLOSS_DECLARE
+
+cudaError_t rescale(RescaleProblem problem, cudaStream_t stream);
 
 }  // namespace mlloss::cuda

@@ -84,6 +84,12 @@ std::vector<unsigned char> scratch_memory(int64_t bytes) {
     }                                                                                         \
   };
 
+struct rescale_kernel : EmulatedTensors {
+  static void rescale(const Tensor&, const RescaleProblem& problem) {
+    emulation::check(cuda::rescale(problem, nullptr));
+  }
+};
+
 MLLOSS_POINTWISE_LOSSES(MLLOSS_KERNELS)
 MLLOSS_ROWWISE_LOSSES(MLLOSS_KERNELS)
 MLLOSS_POINTWISE_LOSSES(MLLOSS_POINTWISE_OPERATORS)
@@ -104,8 +110,10 @@ struct pybind11::detail::type_caster<mlloss::TensorView> {
 
 PYBIND11_MODULE(mlloss_emulated, module) {
   mlloss::emulation::bind_controls(module);
-#define MLLOSS_BIND(name, ...)                                  \
-  module.def(#name "_out", &mlloss::name##_operators::forward); \
+  module.def("rescale_", &mlloss::RescaleOperator<mlloss::rescale_kernel>::rescale);
+#define MLLOSS_BIND(name, ...)                                          \
+  module.def(#name "_out", &mlloss::name##_operators::forward);         \
+  module.def(#name "_inplace_out", &mlloss::name##_operators::inplace); \
   module.def(#name "_backward_out", &mlloss::name##_operators::backward);
   MLLOSS_POINTWISE_LOSSES(MLLOSS_BIND)
   MLLOSS_ROWWISE_LOSSES(MLLOSS_BIND)
