@@ -37,6 +37,22 @@ struct BlockGroup {
   __device__ __forceinline__ bool any(bool predicate) const { return __syncthreads_or(predicate); }
 };
 
+// The numbers of a vector.
+template <class Scalar, class Real, int kCount>
+__device__ __forceinline__ void unpack(const Vector<Scalar, kCount>& vector, Real (&out)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) out[i] = to_real(vector.element[i]);
+}
+// One instruction each: the high half of an fp32 number is a bf16 number.
+__device__ __forceinline__ void unpack(const Vector<__nv_bfloat16, 8>& vector, float (&out)[8]) {
+  const uint32_t words[4] = {vector.bits.x, vector.bits.y, vector.bits.z, vector.bits.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    out[2 * i] = __uint_as_float(words[i] << 16);
+    out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
 // Bit i of the result: byte i is not 0.
 __device__ __forceinline__ uint32_t nonzero_bytes(uint32_t bytes) {
   const uint32_t high = (((bytes & 0x7f7f7f7fu) + 0x7f7f7f7fu) | bytes) & 0x80808080u;
@@ -112,6 +128,9 @@ class RowWindow {
     const int64_t row_end = problem_.columns + shift_;
     first_ = begin == 0 ? shift_ : 0;
     last_ = !exists_ ? 0 : static_cast<int>((end < row_end ? end : row_end) - begin);
+    window_logits_ = logits_ + column_;
+    target_bits_ = bits_of_window(problem_.target);
+    mask_bits_ = bits_of_window(problem_.mask);
     collect_entries();
   }
 
@@ -130,7 +149,7 @@ class RowWindow {
   __device__ __forceinline__ Logits logits(int vector) const {
     Logits result;
     const int place = vector * kCount;
-    const Scalar* address = logits_ + column_ + place;
+    const Scalar* address = window_logits_ + place;
     if (kInner || is_full(place)) {
       result.load(address);
     } else {
@@ -158,27 +177,38 @@ class RowWindow {
     }
   }
 
-  template <bool kInner>
-  __device__ __forceinline__ VectorOfLabels labels(int vector) const {
-    VectorOfLabels result;
-    const int place = vector * kCount;
-    const int before = first_ - place, inside = last_ - place;
-    const Extent extent = kInner ? Extent{0, kCount}
-                                 : Extent{before > 0 ? before : 0, inside < kCount ? inside : kCount};
-    result.positive = 0;
-    result.observed = ((1u << extent.last) - 1u) & ~((1u << extent.first) - 1u);
+  // Labels of kVectors vectors that are `stride` vectors apart. What is asked about their format is
+  // asked once for all of them.
+  template <bool kInner, int kVectors>
+  __device__ __forceinline__ void labels(int vector, int stride,
+                                         VectorOfLabels (&result)[kVectors]) const {
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      const Extent extent = extent_at<kInner>((vector + k * stride) * kCount);
+      result[k].positive = 0;
+      result[k].observed = ((1u << extent.last) - 1u) & ~((1u << extent.first) - 1u);
+    }
     if (is_valid_) {
-      read_target<kInner>(place, extent, result);
+      read_target<kInner>(vector, stride, result);
     } else if constexpr (kSoft) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) result.target[i] = kNaN<Real>;
+      for (int k = 0; k < kVectors; ++k) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) result[k].target[i] = kNaN<Real>;
+      }
     }
-    const Labels& mask = problem_.mask;
-    if (mask.data != nullptr && mask_is_valid_) {
-      result.observed &= mask.format == Format::kSparse ? bitmap_at(mask_bitmap_, place)
-                                                        : dense_bits<kInner>(mask, place, extent);
-    }
-    return result;
+    if (problem_.mask.data == nullptr || !mask_is_valid_) return;
+    uint32_t bits[kVectors];
+    read_bits<kInner>(problem_.mask, mask_bits_, mask_bitmap_, vector, stride, bits);
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) result[k].observed &= bits[k];
+  }
+
+  template <bool kInner>
+  __device__ __forceinline__ VectorOfLabels labels(int vector) const {
+    VectorOfLabels result[1];
+    labels<kInner>(vector, 0, result);
+    return result[0];
   }
 
  private:
@@ -267,67 +297,125 @@ class RowWindow {
     return (bitmap[static_cast<unsigned>(place) / 32] >> (place % 32)) & kAll;
   }
 
-  // Packed or bool labels.
   template <bool kInner>
-  __device__ __forceinline__ uint32_t dense_bits(const Labels& labels, int place,
-                                                 Extent extent) const {
-    if (labels.format == Format::kPacked) {
-      const auto* words = static_cast<const uint32_t*>(labels.data) + row_ * labels.row_stride;
-      return load_packed<kCount>(words, column_ + place, extent);
-    }
-    const auto* bytes = static_cast<const uint8_t*>(labels.data) + row_ * labels.row_stride;
-    if constexpr (kCount >= 4) {
-      // Aligned words reach up to three bytes beyond the vector.
-      const bool inner =
-          kInner || (place >= first_ + 3 && place + kCount + 3 <= last_);
-      if (inner && labels.column_stride == 1) {
-        return load_bool_words<kCount>(bytes + column_ + place);
-      }
-    }
-    return load_bits<kCount>(bytes + (column_ + place) * labels.column_stride, labels.column_stride,
-                             extent);
+  __device__ __forceinline__ Extent extent_at(int place) const {
+    if (kInner) return {0, kCount};
+    const int before = first_ - place, inside = last_ - place;
+    return {before > 0 ? before : 0, inside < kCount ? inside : kCount};
   }
 
-  template <bool kInner>
-  __device__ __forceinline__ void read_target(int place, Extent extent,
-                                              VectorOfLabels& labels) const {
+  // Where the labels of the window begin: a bool per label, or the first of their bits. An offset
+  // and not a pointer: the compiler knows then that what it leads to is in global memory.
+  struct BitsOfWindow {
+    int64_t offset = 0;  // bytes, or words
+    int shift = 0;       // packed: the place of that bit in its word
+  };
+
+  __device__ __forceinline__ BitsOfWindow bits_of_window(const Labels& labels) const {
+    const bool packed = labels.format == Format::kPacked;
+    return {row_ * labels.row_stride + (packed ? column_ >> 5 : column_ * labels.column_stride),
+            static_cast<int>(column_ & 31)};
+  }
+
+  // Bits of labels that are no numbers.
+  template <bool kInner, int kVectors>
+  __device__ __forceinline__ void read_bits(const Labels& labels, const BitsOfWindow& window,
+                                            const unsigned* bitmap, int vector, int stride,
+                                            uint32_t (&bits)[kVectors]) const {
+    const auto for_each = [&](const auto& read) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) bits[k] = read((vector + k * stride) * kCount);
+    };
+    if (labels.format == Format::kSparse) {
+      for_each([&](int place) { return bitmap_at(bitmap, place); });
+    } else if (labels.format == Format::kPacked) {
+      for_each([&](int place) {
+        const Extent extent = extent_at<kInner>(place);
+        // The first position of a window may lie before its row.
+        const int begin = window.shift + place + extent.first;
+        const auto* words =
+            static_cast<const uint32_t*>(labels.data) + window.offset + (begin >> 5);
+        const int shift = begin & 31, count = extent.last - extent.first;
+        uint32_t value = words[0] >> shift;
+        if (shift + count > 32) value |= words[1] << (32 - shift);
+        return (value & ((1u << count) - 1u)) << extent.first;
+      });
+    } else if (kCount >= 4 && kInner && labels.column_stride == 1) {
+      if constexpr (kCount >= 4) {
+        for_each([&](int place) {
+          return load_bool_words<kCount>(static_cast<const uint8_t*>(labels.data) + window.offset +
+                                         place);
+        });
+      }
+    } else {
+      for_each([&](int place) {
+        const auto* data = static_cast<const uint8_t*>(labels.data) + window.offset +
+                           place * labels.column_stride;
+        if constexpr (kCount >= 4) {
+          // Aligned words reach up to three bytes beyond the vector.
+          if (labels.column_stride == 1 && place >= first_ + 3 && place + kCount + 3 <= last_) {
+            return load_bool_words<kCount>(data);
+          }
+        }
+        return load_bits<kCount>(data, labels.column_stride, extent_at<kInner>(place));
+      });
+    }
+  }
+
+  template <bool kInner, int kVectors>
+  __device__ __forceinline__ void read_target(int vector, int stride,
+                                              VectorOfLabels (&labels)[kVectors]) const {
     const Labels& target = problem_.target;
-    if (target.format == Format::kSparse) {
-      if (kSoft && target.values != nullptr) {
-        if constexpr (kSoft) {
+    if constexpr (kSoft) {
+      if (target.format == Format::kSparse && target.values != nullptr) {
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) {
 #pragma unroll
           for (int i = 0; i < kCount; ++i) {
-            const Real value = real_of(values_[place + i]);
-            labels.target[i] = value <= 1 ? value : kNaN<Real>;
+            const Real value = real_of(values_[(vector + k * stride) * kCount + i]);
+            labels[k].target[i] = value <= 1 ? value : kNaN<Real>;
           }
         }
         return;
       }
-      labels.positive = bitmap_at(target_bitmap_, place);
-    } else if (!kSoft || target.format == Format::kPacked || target.element == Element::kBool) {
-      labels.positive = dense_bits<kInner>(target, place, extent);
-    } else if constexpr (kSoft) {
+      if (target.format == Format::kDense && target.element != Element::kBool) {
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) labels.target[i] = 0;
-      load_any(target.data, target.element,
-               row_ * target.row_stride + (column_ + place) * target.column_stride,
-               target.column_stride, extent, labels.target);
-      const bool ignores_nan = problem_.ignored != problem_.ignored;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const Real y = labels.target[i];
-        if (problem_.has_ignored && (ignores_nan ? y != y : y == Real(problem_.ignored))) {
-          labels.observed &= ~(1u << i);
+        for (int k = 0; k < kVectors; ++k) {
+          const int place = (vector + k * stride) * kCount;
+          read_numbers(column_ + place, extent_at<kInner>(place), labels[k]);
         }
-        labels.target[i] = y >= 0 && y <= 1 ? y : kNaN<Real>;
+        return;
       }
-      return;
     }
-    if constexpr (kSoft) {
+    uint32_t bits[kVectors];
+    read_bits<kInner>(target, target_bits_, target_bitmap_, vector, stride, bits);
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        labels.target[i] = labels.positive >> i & 1u ? Real(1) : Real(0);
+    for (int k = 0; k < kVectors; ++k) {
+      labels[k].positive = bits[k];
+      if constexpr (kSoft) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          labels[k].target[i] = bits[k] & 1u << i ? Real(1) : Real(0);
+        }
       }
+    }
+  }
+
+  __device__ __forceinline__ void read_numbers(int64_t column, Extent extent,
+                                               VectorOfLabels& labels) const {
+    const Labels& target = problem_.target;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) labels.target[i] = 0;
+    load_any(target.data, target.element, row_ * target.row_stride + column * target.column_stride,
+             target.column_stride, extent, labels.target);
+    const bool ignores_nan = problem_.ignored != problem_.ignored;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Real y = labels.target[i];
+      if (problem_.has_ignored && (ignores_nan ? y != y : y == Real(problem_.ignored))) {
+        labels.observed &= ~(1u << i);
+      }
+      labels.target[i] = y >= 0 && y <= 1 ? y : kNaN<Real>;
     }
   }
 
@@ -336,7 +424,9 @@ class RowWindow {
   unsigned* const target_bitmap_;
   unsigned* const mask_bitmap_;
   Bits* const values_;
-  const Scalar* logits_ = nullptr;  // the row
+  const Scalar* logits_ = nullptr;         // the row
+  const Scalar* window_logits_ = nullptr;  // the window
+  BitsOfWindow target_bits_, mask_bits_;
   int64_t row_ = 0;
   int64_t begin_ = 0;       // of the window, a position
   int64_t column_ = 0;      // of that position

@@ -12,8 +12,8 @@
 // 0, float 4): forward s + t + u, backward and one pass 2 s + t + u. Expected limit: memory. Not
 // measured on a GPU yet.
 //
-// How rows are split and grouped depends on shapes and on constants below, not on the GPU, but for
-// the choice between the last two: it depends on how much shared memory a block may have.
+// How rows are split depends on shapes alone, and losses of rows are added up in a fixed order. Only
+// the way that the one pass takes depends on the GPU, through its shared memory.
 #pragma once
 #include <cstdint>
 #include <limits>
@@ -107,11 +107,12 @@ template <bool kSoft, class Scalar, class Real, int kCount>
 __device__ __forceinline__ void add_vector(RowSums<Real>& sums,
                                            const Vector<Scalar, kCount>& logits,
                                            const VectorLabels<Real, kCount>& labels) {
+  Real x[kCount];
+  unpack(logits, x);
   if constexpr (kSoft) {
-    Real x[kCount], minus_x[kCount], positive[kCount], negative[kCount];
+    Real minus_x[kCount], positive[kCount], negative[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      x[i] = to_real(logits.element[i]);
       minus_x[i] = -x[i];
       const bool observed = labels.observed >> i & 1u;
       positive[i] = observed ? labels.target[i] : Real(0);
@@ -125,14 +126,14 @@ __device__ __forceinline__ void add_vector(RowSums<Real>& sums,
     Real values[kCount];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      values[i] = negatives & 1u << i ? to_real(logits.element[i]) : -kInfinity<Real>;
+      values[i] = negatives & 1u << i ? x[i] : -kInfinity<Real>;
     }
     add_exponentials(sums.negative, values);
     // Among many labels few are positive: most threads skip their side.
     if (positives == 0) return;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      values[i] = positives & 1u << i ? -to_real(logits.element[i]) : -kInfinity<Real>;
+      values[i] = positives & 1u << i ? -x[i] : -kInfinity<Real>;
     }
     add_exponentials(sums.positive, values);
   }
@@ -293,20 +294,16 @@ struct RowGradient {
   __device__ __forceinline__ Vector<Scalar, kCount> of(
       const Vector<Scalar, kCount>& logits, const VectorLabels<Real, kCount>& labels) const {
     constexpr uint32_t kAll = (1u << kCount) - 1u;
-    Real gradient[kCount];
+    Real x[kCount], gradient[kCount];
+    unpack(logits, x);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Real x = to_real(logits.element[i]);
-      if constexpr (kSoft) {
-        gradient[i] = at_soft(x, labels.target[i]);
-      } else {
-        gradient[i] = at_negative(x);
-      }
+      gradient[i] = kSoft ? at_soft(x[i], labels.target[i]) : at_negative(x[i]);
     }
     if (!kSoft && labels.positive != 0) {
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        if (labels.positive & 1u << i) gradient[i] = at_positive(to_real(logits.element[i]));
+        if (labels.positive & 1u << i) gradient[i] = at_positive(x[i]);
       }
     }
     const uint32_t counted = scale == 0 ? 0 : labels.observed;
@@ -416,73 +413,63 @@ struct Edge {
   static constexpr bool value = false;
 };
 
-// Calls load(inner, vector), then use(inner, vector, what was loaded), for the vectors of a window
-// that are this thread's. The vectors at its ends, which need care, come last.
-template <int kUnroll, class Window, class Load, class Use>
+__host__ __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Calls use(inner, vector, its logits, its labels) for the vectors of a window that are this
+// thread's. The vectors at its ends, which need care, come last. `staged`: take the logits from
+// there, by vector.
+template <bool kSoft, class Window, class Use>
 __device__ __forceinline__ void for_each_vector(const Window& window, int rank, int width,
-                                                const Load& load, const Use& use) {
+                                                const typename Window::Logits* staged,
+                                                const Use& use) {
+  constexpr int kUnroll = kInFlight<kSoft>;
   const int vectors = window.vectors();
   const int last = window.last_inner();
   int vector = rank + window.first_inner();
   for (; vector + (kUnroll - 1) * width < last; vector += kUnroll * width) {
-    decltype(load(Inner{}, vector)) loaded[kUnroll];
+    typename Window::Logits logits[kUnroll];
+    typename Window::VectorOfLabels labels[kUnroll];
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) loaded[k] = load(Inner{}, vector + k * width);
+    for (int k = 0; k < kUnroll; ++k) {
+      const int place = vector + k * width;
+      logits[k] = staged != nullptr ? staged[place] : window.template logits<true>(place);
+    }
+    window.template labels<true>(vector, width, labels);
 #pragma unroll
-    for (int k = 0; k < kUnroll; ++k) use(Inner{}, vector + k * width, loaded[k]);
+    for (int k = 0; k < kUnroll; ++k) use(Inner{}, vector + k * width, logits[k], labels[k]);
   }
   // The first vector takes the place behind the last.
   for (; vector <= vectors; vector += width) {
     const int place = vector < vectors ? vector : 0;
-    use(Edge{}, place, load(Edge{}, place));
+    use(Edge{}, place, staged != nullptr ? staged[place] : window.template logits<false>(place),
+        window.template labels<false>(place));
   }
 }
 
-__host__ __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class Window>
-struct LoadedVector {
-  typename Window::Logits logits;
-  typename Window::VectorOfLabels labels;
-};
-
-// Adds the vectors of a window to the sums of its row. `staged`: also keeps the logits, by vector.
+// Adds the vectors of a window to the sums of its row. `staged`: also keeps the logits there.
 template <bool kSoft, class Window>
 __device__ __forceinline__ void add_window(const Window& window, int rank, int width,
                                            RowSums<typename Window::Real>& sums,
                                            uint32_t& observed,
                                            typename Window::Logits* staged = nullptr) {
-  for_each_vector<kInFlight<kSoft>>(
-      window, rank, width,
-      [&](auto inner, int vector) {
-        constexpr bool kInner = decltype(inner)::value;
-        return LoadedVector<Window>{window.template logits<kInner>(vector),
-                                    window.template labels<kInner>(vector)};
-      },
-      [&](auto, int vector, const LoadedVector<Window>& loaded) {
-        if (staged != nullptr) staged[vector] = loaded.logits;
-        add_vector<kSoft>(sums, loaded.logits, loaded.labels);
-        observed |= loaded.labels.observed;
-      });
+  for_each_vector<kSoft>(window, rank, width, nullptr,
+                         [&](auto, int vector, const auto& logits, const auto& labels) {
+                           if (staged != nullptr) staged[vector] = logits;
+                           add_vector<kSoft>(sums, logits, labels);
+                           observed |= labels.observed;
+                         });
 }
 
-// Writes the gradients of a window; `staged` as above.
+// Writes the gradients of a window.
 template <bool kSoft, class Window, class Gradient, class Scalar>
 __device__ __forceinline__ void write_window(const Window& window, int rank, int width,
                                              const Gradient& own, Scalar* row,
                                              const typename Window::Logits* staged = nullptr) {
-  for_each_vector<kInFlight<kSoft>>(
-      window, rank, width,
-      [&](auto inner, int vector) {
-        constexpr bool kInner = decltype(inner)::value;
-        return LoadedVector<Window>{
-            staged != nullptr ? staged[vector] : window.template logits<kInner>(vector),
-            window.template labels<kInner>(vector)};
-      },
-      [&](auto inner, int vector, const LoadedVector<Window>& loaded) {
-        window.template store<decltype(inner)::value>(
-            vector, own.template of<kSoft>(loaded.logits, loaded.labels), row);
-      });
+  for_each_vector<kSoft>(window, rank, width, staged,
+                         [&](auto inner, int vector, const auto& logits, const auto& labels) {
+                           window.template store<decltype(inner)::value>(
+                               vector, own.template of<kSoft>(logits, labels), row);
+                         });
 }
 
 // Shared memory of a block's window.
@@ -723,9 +710,15 @@ cudaError_t launch_total(const RowwiseProblem& problem, const double* weighted, 
 // ---- Launching ----
 
 // Rows that are read a second time are read while they are in the L2 cache: logits and labels of
-// the rows in flight are no more bytes than this, a part of the cache of an A100 (40 MB, in halves)
-// or an H100 (50 MB).
-constexpr int64_t kBytesInFlight = int64_t{20} << 20;
+// the rows in flight are no more bytes than this part of it. The rest holds what is written, and the
+// cache of an A100 or H100 is in halves.
+inline int64_t bytes_in_flight() {
+  constexpr int kUsual = 40 << 20;
+  int device = 0, bytes = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device) == cudaSuccess;
+  return (known && bytes > 0 ? bytes : kUsual) / 2;
+}
 
 // Short rows get more lanes than they need until the grid fills a GPU.
 constexpr int64_t kLanesWanted = int64_t{1} << 18;
@@ -841,7 +834,7 @@ class RowwiseLauncher {
     }
     int64_t rows = problem_.rows;
     if (problem_.target.format != Format::kObserved) {
-      rows = kBytesInFlight / (problem_.columns * row_bytes_per_column() + 1);
+      rows = bytes_in_flight() / (problem_.columns * row_bytes_per_column() + 1);
       if (rows < 1) rows = 1;
     }
     for (int64_t first = 0; first < problem_.rows; first += rows) {

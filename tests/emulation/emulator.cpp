@@ -942,9 +942,13 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   // Few enough for small inputs to need more than one sweep of the grid.
   constexpr int kMultiProcessors = 2;
+  constexpr int kCacheBytes = 64 << 10;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
       *value = kMultiProcessors;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = kCacheBytes;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
       *value = static_cast<int>(mlloss::emulation::machine.dynamic_shared_limit());
