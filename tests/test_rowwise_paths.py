@@ -31,7 +31,7 @@ FORMATS: dict[str, Callable[[Tensor], Any]] = {
     "bool": lambda labels: labels,
     "packed": PackedLabels.pack,
     "sparse": lambda labels: SparseLabels.from_lists(
-        [row.nonzero().flatten().tolist() for row in labels], labels.shape[1]
+        [row.nonzero().flatten().tolist() for row in labels]
     ),
     "soft": lambda labels: labels.float(),
 }
@@ -118,7 +118,7 @@ def test_observed_labels(columns: int) -> None:
     loss = mlloss_cuda.multilabel_categorical_crossentropy
     logits, positive, _ = problem(columns, torch.float32)
     target = SparseLabels.from_lists(
-        [row.nonzero().flatten().tolist() for row in positive], columns
+        [row.nonzero().flatten().tolist() for row in positive]
     )._replace(observed_only=True)
     with use_backend("reference"):
         expected = run(loss, logits.double(), target)

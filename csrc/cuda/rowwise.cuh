@@ -578,7 +578,7 @@ __global__ void __launch_bounds__(kOnChipThreads, 1)
     RowSums<Real> sums = no_sums<Real>();
     uint32_t observed = 0;
     for (int64_t begin = 0; begin < last; begin += kWindow<kSoft>) {
-      window.start_window(begin, last);
+      window.start_window(begin, least(begin + kWindow<kSoft>, last));
       add_window<kSoft>(window, group.rank(), group.width, sums, observed,
                         staged + begin / Window::kCount);
     }
@@ -589,7 +589,10 @@ __global__ void __launch_bounds__(kOnChipThreads, 1)
     const RowGradient<Loss, Scalar> own(problem, pass, row, statistics);
     if (threadIdx.x == 0) own.write_threshold(problem, row, pass);
     for (int64_t begin = 0; begin < last; begin += kWindow<kSoft>) {
-      if (last > kWindow<kSoft>) window.start_window(begin, last);  // a single one is still there
+      // The labels of a single window are still there.
+      if (last > kWindow<kSoft>) {
+        window.start_window(begin, least(begin + kWindow<kSoft>, last));
+      }
       write_window<kSoft>(window, group.rank(), group.width, own, pass.row(row),
                           staged + begin / Window::kCount);
     }
