@@ -155,17 +155,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
   EntryRow<typename Arithmetic<Scalar>::Real> entries(problem);
   for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
     entries.start(row);
-    for (int64_t begin = 0; begin < problem.columns; begin += kWindow) {
+    for (int64_t begin = 0; begin < problem.columns; begin += kBitmapWindow) {
       __syncthreads();  // the previous window has been read
       for (int i = threadIdx.x; i < kBitmapWords; i += kThreads) bitmap[i] = 0;
       __syncthreads();
       for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
         const int64_t place = entries.column(i) - begin;
-        if (place < 0 || place >= kWindow || !entries.is_used(i)) continue;
+        if (place < 0 || place >= kBitmapWindow || !entries.is_used(i)) continue;
         atomicOr(&bitmap[place / 32], 1u << (place % 32));
       }
       __syncthreads();
-      for (int place = threadIdx.x; place < kWindow && begin + place < problem.columns;
+      for (int place = threadIdx.x; place < kBitmapWindow && begin + place < problem.columns;
            place += kThreads) {
         if (bitmap[place / 32] >> (place % 32) & 1u) continue;
         from_real(typename Arithmetic<Scalar>::Real(0),

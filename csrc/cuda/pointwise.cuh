@@ -336,7 +336,6 @@ template <class Loss, class Scalar>
 cudaError_t launch_pointwise_forward(PointwiseProblem problem, const ForwardOutput& output,
                                      void* workspace, cudaStream_t stream) {
   using Real = typename Loss::Real;
-  if (output.gradient != nullptr) return cudaErrorNotSupported;
   flatten(problem, nullptr);
   auto* partial = static_cast<PartialSum*>(workspace);
   auto* losses = problem.reduction == Reduction::kNone ? static_cast<Real*>(output.loss) : nullptr;

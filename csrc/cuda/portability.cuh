@@ -10,6 +10,9 @@
 //   MLLOSS_SHARED_ARRAY(type, name, count)
 //       __shared__ type name[count]. It is aligned for `type` and no further: write the type that
 //       the widest access needs.
+//   MLLOSS_DYNAMIC_SHARED_ARRAY(type, name), MLLOSS_LAUNCH_SHARED(kernel, grid, block, bytes, ...)
+//       The same with an array of as many bytes as the launch says, up to what
+//       dynamic_shared_memory(kernel) returns.
 #pragma once
 
 #include <cfloat>
@@ -28,6 +31,12 @@
   static constinit ::mlloss::emulation::SharedArrayTag name##_tag{}; \
   auto& name = ::mlloss::emulation::shared_array<type, (count)>(name##_tag)
 
+#define MLLOSS_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)                           \
+  ::mlloss::emulation::launch_shared(#kernel, kernel, grid, block, bytes, stream, __VA_ARGS__)
+
+#define MLLOSS_DYNAMIC_SHARED_ARRAY(type, name) \
+  type* const name = ::mlloss::emulation::dynamic_shared_array<type>()
+
 #else
 
 #include <cuda_bf16.h>
@@ -39,9 +48,47 @@
 
 #define MLLOSS_SHARED_ARRAY(type, name, count) __shared__ type name[count]
 
+#define MLLOSS_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)                \
+  ([&] {                                                                             \
+    const cudaError_t error = ::mlloss::allow_dynamic_shared_memory(kernel, bytes);  \
+    if (error != cudaSuccess) return error;                                          \
+    kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__);                             \
+    return cudaGetLastError();                                                       \
+  }())
+
+#define MLLOSS_DYNAMIC_SHARED_ARRAY(type, name)                 \
+  extern __shared__ uint4 mlloss_dynamic_shared_memory[];       \
+  type* const name = reinterpret_cast<type*>(mlloss_dynamic_shared_memory)
+
 #endif
 
 namespace mlloss {
+
+// The most dynamic shared memory that a block of this kernel may have on the current device.
+template <class Kernel>
+int64_t dynamic_shared_memory([[maybe_unused]] Kernel* kernel) {
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess) {
+    return 0;
+  }
+#ifdef MLLOSS_EMULATED
+  return most;
+#else
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, kernel) != cudaSuccess) return 0;
+  return most - static_cast<int64_t>(attributes.sharedSizeBytes);
+#endif
+}
+
+#ifndef MLLOSS_EMULATED
+// More than 48 KB have to be asked for.
+template <class Kernel>
+cudaError_t allow_dynamic_shared_memory(Kernel* kernel, int bytes) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
+#endif
 
 // Writes zeros, in the order of the stream.
 inline cudaError_t fill_with_zeros(void* data, int64_t bytes,

@@ -21,9 +21,9 @@ constexpr int64_t kWantedUnits = 4096;
 constexpr int64_t kMaxSegmentsPerRow = 64;
 // Sparse labels of so many tiles become bitmaps at a time: the block waits for its threads once per
 // window, and the ids of a row are read once per window.
-constexpr int kWindowTiles = 8;
-constexpr int kWindow = kWindowTiles * kTileWidth;
-constexpr int kBitmapWords = kWindow / 32;
+constexpr int kBitmapTiles = 8;
+constexpr int kBitmapWindow = kBitmapTiles * kTileWidth;
+constexpr int kBitmapWords = kBitmapWindow / 32;
 // Asking for no more than this leaves every thread up to 128 registers (fp64: 255), so that nothing
 // is spilled.
 template <class Real>
@@ -140,7 +140,7 @@ class LabelTiles {
         problem_.target.format == Format::kSparse || problem_.mask.format == Format::kSparse;
     if (!mask_is_valid_ || !is_sparse) return;
     const bool has_values = kSoft && problem_.target.values != nullptr;
-    if (window_begin_ >= 0 && begin < window_begin_ + (has_values ? kTileWidth : kWindow)) return;
+    if (window_begin_ >= 0 && begin < window_begin_ + (has_values ? kTileWidth : kBitmapWindow)) return;
     window_begin_ = begin;
     __syncthreads();  // the previous window has been read
     for (int i = threadIdx.x; i < kBitmapWords; i += kThreads) {
@@ -168,7 +168,7 @@ class LabelTiles {
 
   // Positions up to which sparse labels have been marked.
   __device__ __forceinline__ int64_t window_end() const {
-    return window_begin_ < 0 ? INT64_MAX : window_begin_ + kWindow;
+    return window_begin_ < 0 ? INT64_MAX : window_begin_ + kBitmapWindow;
   }
 
   // False if the labels of this row cannot be told; its observed elements are NaN then. Every
@@ -226,7 +226,7 @@ class LabelTiles {
       const int64_t column = index_at(labels.data, labels.element, i);
       const int64_t place = column + shift_ - window_begin_;
       out_of_range |= column >= problem_.columns;
-      if (column >= 0 && column < problem_.columns && place >= 0 && place < kWindow) {
+      if (column >= 0 && column < problem_.columns && place >= 0 && place < kBitmapWindow) {
         atomicOr(&bitmap[place / 32], 1u << (place % 32));
       }
     }

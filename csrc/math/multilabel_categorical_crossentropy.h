@@ -11,6 +11,8 @@
 //   dL/dx_i = -y_i e^-x_i / (e^-s0 + e^A) + (1 - y_i) e^x_i / (e^s0 + e^B)
 //   dL/ds0  = -e^-s0 / (e^-s0 + e^A) + e^s0 / (e^s0 + e^B)
 #pragma once
+#include <limits>
+
 #include "math/scalar.h"
 
 namespace mlloss {
@@ -62,17 +64,59 @@ struct RowStatistics {
   Real negative_factor;  // k_n
 };
 
+// The nearest number that can be subtracted from a logit. Rounded to Real, unlike its argument.
+template <class Real, class Sum>
+MLLOSS_MATH Real finite(Sum value) {
+  constexpr Real kMost = std::numeric_limits<Real>::max();
+  return value > kMost ? kMost : value < -kMost ? -kMost : static_cast<Real>(value);
+}
+
+// a + b, and what rounding has lost of it.
+template <class Real>
+struct ExactSum {
+  Real sum, lost;
+
+  MLLOSS_MATH ExactSum(Real a, Real b) {
+    sum = a + b;
+    const Real b_part = sum - a;
+    lost = (a - (sum - b_part)) + (b - b_part);
+    if (!(absolute(sum) < kInfinity<Real>)) lost = 0;  // inf - inf
+  }
+};
+
+// log(1 + u) and u / (1 + u) for u = sum e^exponent >= 0. Both keep their relative precision where
+// they are tiny, in fp32 as well: nothing is subtracted.
+template <class Real>
+struct Softplus {
+  Real value, slope;
+
+  MLLOSS_MATH Softplus(Real sum, ExactSum<Real> exponent) {
+    // From here on the 1 hardly matters, and u may overflow.
+    constexpr Real kFar = 32;
+    const Real e = exp_nonpositive(-absolute(exponent.sum));
+    if (sum == 0) {
+      value = slope = 0 * e;  // NaN stays NaN
+    } else if (exponent.sum > kFar) {
+      value = exponent.sum + (exponent.lost + Real(std::log(sum + e)));
+      slope = 1 / (1 + e / sum);
+    } else {
+      const Real power = exponent.sum > 0 ? 1 / e : e;
+      const Real u = sum * (power + power * exponent.lost);
+      value = log1p_nonnegative(u);
+      slope = 1 / (1 + 1 / u);
+    }
+  }
+};
+
 struct MultilabelCategoricalCrossentropy {
   static constexpr bool kHasThreshold = true;
 
-  // The sums of one row, in fp64 since this happens once per row. Returns L.
-  template <class Real>
-  MLLOSS_MATH static double finish(ScaledSum<double> positive, ScaledSum<double> negative,
-                                   double threshold, RowStatistics<Real>* statistics) {
-    const double loss =
-        side(positive, -threshold, &statistics->positive_shift, &statistics->positive_factor) +
-        side(negative, threshold, &statistics->negative_shift, &statistics->negative_factor);
-    return loss;
+  // The sums of one row. Returns L.
+  template <class Sum, class Real>
+  MLLOSS_MATH static Sum finish(ScaledSum<Sum> positive, ScaledSum<Sum> negative, Sum threshold,
+                                RowStatistics<Real>* statistics) {
+    return side(positive, -threshold, &statistics->positive_shift, &statistics->positive_factor) +
+           side(negative, threshold, &statistics->negative_shift, &statistics->negative_factor);
   }
 
   // dL/ds0.
@@ -85,14 +129,16 @@ struct MultilabelCategoricalCrossentropy {
 
  private:
   // softplus(log-sum - own) = log(e^own + e^(log-sum)) - own, and that log-sum-exp's parts.
-  template <class Real>
-  MLLOSS_MATH static double side(ScaledSum<double> sum, double own, Real* shift, Real* factor) {
-    const ScaledSum<double> with_own = combine(sum, ScaledSum<double>{own, 1.0});
-    *shift = static_cast<Real>(shift_of(with_own.largest));
-    *factor = static_cast<Real>(1.0 / with_own.sum);
-    const double difference = std::log(sum.sum) + shift_of(sum.largest) - own;
-    const double magnitude = absolute(difference);
-    return positive_part(difference) + std::log1p(std::exp(-magnitude));
+  template <class Sum, class Real>
+  MLLOSS_MATH static Sum side(ScaledSum<Sum> sum, Sum own, Real* shift, Real* factor) {
+    const Sum largest = sum.sum == 0 ? -kInfinity<Sum> : shift_of(sum.largest);
+    const ExactSum<Sum> difference(sum.sum == 0 ? Sum(0) : largest, -own);
+    const Sum e = exp_nonpositive(-absolute(largest - own));
+    // Relative to the larger of e^own and e^largest.
+    const bool own_is_larger = !(largest > own);
+    *shift = finite<Real>(own_is_larger ? own : largest);
+    *factor = static_cast<Real>(1 / (own_is_larger ? 1 + sum.sum * e : e + sum.sum));
+    return Softplus<Sum>(sum.sum, difference).value;
   }
 };
 

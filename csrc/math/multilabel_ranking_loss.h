@@ -17,27 +17,26 @@ namespace mlloss {
 struct MultilabelRankingLoss {
   static constexpr bool kHasThreshold = false;
 
-  // The sums of one row, in fp64 since this happens once per row. Returns L.
-  template <class Real>
-  MLLOSS_MATH static double finish(ScaledSum<double> positive, ScaledSum<double> negative,
-                                   double /*threshold*/, RowStatistics<Real>* statistics) {
-    statistics->positive_shift = static_cast<Real>(shift_of(positive.largest));
-    statistics->negative_shift = static_cast<Real>(shift_of(negative.largest));
+  // The sums of one row. Returns L.
+  template <class Sum, class Real>
+  MLLOSS_MATH static Sum finish(ScaledSum<Sum> positive, ScaledSum<Sum> negative, Sum /*threshold*/,
+                                RowStatistics<Real>* statistics) {
+    const Sum positive_shift = shift_of(positive.largest);
+    const Sum negative_shift = shift_of(negative.largest);
+    statistics->positive_shift = static_cast<Real>(positive_shift);
+    statistics->negative_shift = static_cast<Real>(negative_shift);
     if (positive.sum == 0 || negative.sum == 0) {
       // NaN on one side counts although the other is empty.
       const bool valid = positive.sum == positive.sum && negative.sum == negative.sum;
-      const double loss = valid ? 0 : kNaN<double>;
+      const Sum loss = valid ? Sum(0) : kNaN<Sum>;
       statistics->positive_factor = statistics->negative_factor = static_cast<Real>(loss);
       return loss;
     }
-    const double difference = std::log(positive.sum) + shift_of(positive.largest) +
-                              std::log(negative.sum) + shift_of(negative.largest);
-    const double magnitude = absolute(difference);
-    const double e = std::exp(-magnitude);
-    const double slope = sigmoid_pair(difference, e).p;
-    statistics->positive_factor = static_cast<Real>(slope / positive.sum);
-    statistics->negative_factor = static_cast<Real>(slope / negative.sum);
-    return positive_part(difference) + std::log1p(e);
+    const Softplus<Sum> softplus(positive.sum * negative.sum,
+                                 ExactSum<Sum>(positive_shift, negative_shift));
+    statistics->positive_factor = static_cast<Real>(softplus.slope / positive.sum);
+    statistics->negative_factor = static_cast<Real>(softplus.slope / negative.sum);
+    return softplus.value;
   }
 };
 

@@ -16,6 +16,8 @@ namespace mlloss::emulation {
 //   set_thread_order(order, seed=0) "ascending" (as at first), "descending" or "shuffled", from now
 //                                   on
 //   launch_count()                  kernels run to their end so far
+//   set_dynamic_shared_memory(bytes) what a launch may ask for
+//   MAX_DYNAMIC_SHARED_MEMORY        the same at first
 inline void bind_controls(pybind11::module_& module) {
   pybind11::register_local_exception<Error>(module, "EmulationError", PyExc_RuntimeError);
   module.def(
@@ -33,6 +35,8 @@ inline void bind_controls(pybind11::module_& module) {
       },
       pybind11::arg("order"), pybind11::arg("seed") = 0);
   module.def("launch_count", &launch_count);
+  module.def("set_dynamic_shared_memory", &set_dynamic_shared_memory);
+  module.attr("MAX_DYNAMIC_SHARED_MEMORY") = kMaxDynamicSharedBytes;
 }
 
 // For what a launcher returns.

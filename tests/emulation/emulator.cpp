@@ -52,7 +52,7 @@ constexpr std::size_t kCacheLineBytes = 64;
 constexpr std::size_t kMaxSharedBytes = 48 << 10;
 // Around every shared array: what a warp that is one element too far writes, 4 bytes per lane.
 constexpr std::size_t kRedZoneBytes = 128;
-constexpr std::size_t kArenaBytes = 2 * kMaxSharedBytes;
+constexpr std::size_t kArenaBytes = 2 * kMaxSharedBytes + kMaxDynamicSharedBytes;
 constexpr unsigned char kSharedMemoryFill = 0xff;
 constexpr unsigned char kRedZoneFill = 0xa5;
 
@@ -278,6 +278,7 @@ struct Block {
   std::unique_ptr<unsigned char[]> arena;
   std::size_t arena_used = 0;
   std::vector<SharedArray> arrays;
+  void* dynamic = nullptr;
   std::uint64_t serial = 0;  // which SharedArrayTag entries belong to this block
 
   std::vector<Fiber*> fibers;  // ThreadSanitizer: the fiber of each thread index
@@ -326,7 +327,8 @@ std::string describe_mask(unsigned mask) {
 
 class Machine {
  public:
-  cudaError_t run(const char* kernel_name, dim3 grid, dim3 block, KernelBody body);
+  cudaError_t run(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_bytes,
+                  KernelBody body);
   void set_schedule(Schedule schedule) { schedule_ = schedule; }
   std::uint64_t launches() const { return launches_; }
 
@@ -334,6 +336,9 @@ class Machine {
                                 std::uint64_t value, int source_lane, const Location& where);
   bool block_barrier(const char* intrinsic, bool predicate, const Location& where);
   void* shared_memory(SharedArrayTag& tag, std::size_t bytes, std::size_t alignment);
+  void* dynamic_shared_memory() { return block_->dynamic; }
+  std::size_t dynamic_shared_limit() const { return dynamic_limit_; }
+  void set_dynamic_shared_limit(std::size_t bytes) { dynamic_limit_ = bytes; }
   Thread& running() { return *running_; }
   [[noreturn]] void fail(const std::string& what, const Thread& thread, const Location& where);
 
@@ -345,6 +350,7 @@ class Machine {
   void start_block(Block& block, uint3 index);
   void abandon(Block& block);
   void check_red_zones(const Block& block);
+  unsigned char* take_shared(Block& block, std::size_t bytes, std::size_t alignment);
 
   Thread& take_ready();
   void make_running(Thread& thread);
@@ -370,6 +376,8 @@ class Machine {
 
   const char* kernel_name_ = nullptr;
   KernelBody body_ = {};
+  std::size_t dynamic_bytes_ = 0;
+  std::size_t dynamic_limit_ = kMaxDynamicSharedBytes;
   std::array<Block, kConcurrentBlocks> blocks_;
   Block* block_ = nullptr;
   Thread* running_ = nullptr;
@@ -690,18 +698,26 @@ bool Machine::try_pass_warp_collective(Warp& warp, unsigned warp_index, unsigned
 void* Machine::shared_memory(SharedArrayTag& tag, std::size_t bytes, std::size_t alignment) {
   Block& block = *block_;
   if (tag.block_serial == block.serial) return tag.memory;
+  const std::size_t used =
+      std::accumulate(block.arrays.begin(), block.arrays.end(), std::size_t{0},
+                      [](std::size_t sum, const auto& a) { return sum + a.bytes; });
+  if (used - dynamic_bytes_ + bytes > kMaxSharedBytes) {
+    throw Error("more than " + std::to_string(kMaxSharedBytes) +
+                " bytes of static shared memory [" + context() + "]");
+  }
+  tag.block_serial = block.serial;
+  tag.memory = take_shared(block, bytes, alignment);
+  return tag.memory;
+}
 
+unsigned char* Machine::take_shared(Block& block, std::size_t bytes, std::size_t alignment) {
   // No better aligned than the type asks for (but to 8 bytes, as AddressSanitizer's shadow has it),
   // so that a wide access to an array of a narrow type shows as misaligned.
   std::size_t begin = block.arena_used + 2 * kRedZoneBytes;  // the last array's and this one's
   begin = (begin + kMaxSharedAlignment - 1) / kMaxSharedAlignment * kMaxSharedAlignment;
   if (alignment <= 8) begin += 8;
-  if (begin + bytes + kRedZoneBytes > kArenaBytes ||
-      std::accumulate(block.arrays.begin(), block.arrays.end(), bytes,
-                      [](std::size_t sum, const auto& a) { return sum + a.bytes; }) >
-          kMaxSharedBytes) {
-    throw Error("more than " + std::to_string(kMaxSharedBytes) +
-                " bytes of static shared memory [" + context() + "]");
+  if (begin + bytes + kRedZoneBytes > kArenaBytes) {
+    throw Error("too many shared arrays [" + context() + "]");
   }
   block.arena_used = begin + bytes;
   block.arrays.push_back({begin, bytes});
@@ -713,8 +729,6 @@ void* Machine::shared_memory(SharedArrayTag& tag, std::size_t bytes, std::size_t
   fill_unseen(memory + bytes, kRedZoneFill, kRedZoneBytes);
 #endif
   fill_unseen(memory, kSharedMemoryFill, bytes);
-  tag.block_serial = block.serial;
-  tag.memory = memory;
   return memory;
 }
 
@@ -752,6 +766,8 @@ void Machine::start_block(Block& block, uint3 index) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(block.arena.get(), kArenaBytes);
 #endif
+  block.dynamic =
+      dynamic_bytes_ == 0 ? nullptr : take_shared(block, dynamic_bytes_, kMaxSharedAlignment);
   uint3 thread_index = {0, 0, 0};
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = block.threads[i];
@@ -816,11 +832,14 @@ bool is_valid_launch(dim3 grid, dim3 block) {
          threads <= kMaxThreadsPerBlock;
 }
 
-cudaError_t Machine::run(const char* kernel_name, dim3 grid, dim3 block, KernelBody body) {
+cudaError_t Machine::run(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_bytes,
+                         KernelBody body) {
   if (!is_valid_launch(grid, block)) return cudaErrorInvalidConfiguration;
+  if (dynamic_bytes > dynamic_limit_) return cudaErrorInvalidValue;
   const std::lock_guard lock(one_launch_at_a_time_);
   kernel_name_ = kernel_name;
   body_ = body;
+  dynamic_bytes_ = dynamic_bytes;
   gridDim = grid;
   blockDim = block;
 #ifdef MLLOSS_EMULATION_THREAD_SANITIZER
@@ -857,8 +876,9 @@ cudaError_t Machine::run(const char* kernel_name, dim3 grid, dim3 block, KernelB
 
 // ---- What emulator.h declares -------------------------------------------------------------------
 
-cudaError_t run_grid(const char* kernel_name, dim3 grid, dim3 block, KernelBody body) {
-  return machine.run(kernel_name, grid, block, body);
+cudaError_t run_grid(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_bytes,
+                     KernelBody body) {
+  return machine.run(kernel_name, grid, block, dynamic_bytes, body);
 }
 
 void set_thread_order(ThreadOrder order, std::uint64_t seed) {
@@ -866,6 +886,12 @@ void set_thread_order(ThreadOrder order, std::uint64_t seed) {
 }
 
 std::uint64_t launch_count() { return machine.launches(); }
+
+void set_dynamic_shared_memory(std::size_t bytes) {
+  machine.set_dynamic_shared_limit(std::min(bytes, kMaxDynamicSharedBytes));
+}
+
+void* dynamic_shared_memory() { return machine.dynamic_shared_memory(); }
 
 void* shared_memory(SharedArrayTag& tag, std::size_t bytes, std::size_t alignment) {
   return machine.shared_memory(tag, bytes, alignment);
@@ -916,7 +942,18 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   // Few enough for small inputs to need more than one sweep of the grid.
   constexpr int kMultiProcessors = 2;
-  if (attribute != cudaDevAttrMultiProcessorCount) return cudaErrorInvalidValue;
-  *value = kMultiProcessors;
-  return cudaSuccess;
+  constexpr int kCacheBytes = 64 << 10;
+  switch (attribute) {
+    case cudaDevAttrMultiProcessorCount:
+      *value = kMultiProcessors;
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      *value = kCacheBytes;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(mlloss::emulation::machine.dynamic_shared_limit());
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
 }

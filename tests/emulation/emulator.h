@@ -17,7 +17,7 @@
 //   alignment of wide loads, indices of shared arrays, shifts, signed overflow.
 //
 // A violation throws mlloss::emulation::Error out of MLLOSS_LAUNCH. Left out: grid-wide barriers,
-// dynamic shared memory, clusters, streams that overlap, warp lockstep, anything about speed.
+// clusters, streams that overlap, warp lockstep, anything about speed.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -63,6 +63,11 @@ void set_thread_order(ThreadOrder order, std::uint64_t seed);
 // Number of kernels that have run to their end in this process.
 std::uint64_t launch_count();
 
+// What cudaDevAttrMaxSharedMemoryPerBlockOptin returns, and the most a launch may ask for. As on an
+// H100 at first; less lets small inputs take the ways of large ones.
+inline constexpr std::size_t kMaxDynamicSharedBytes = 227 << 10;
+void set_dynamic_shared_memory(std::size_t bytes);
+
 // ---- Launch -------------------------------------------------------------------------------------
 
 struct KernelBody {
@@ -70,16 +75,24 @@ struct KernelBody {
   const void* closure;
 };
 
-cudaError_t run_grid(const char* kernel_name, dim3 grid, dim3 block, KernelBody body);
+cudaError_t run_grid(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_bytes,
+                     KernelBody body);
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_shared(const char* kernel_name, void (*kernel)(Parameters...), dim3 grid,
+                          dim3 block, std::size_t dynamic_bytes,
+                          cudaStream_t /*stream: every launch runs to its end at once*/,
+                          const Arguments&... arguments) {
+  const auto closure = [&] { kernel(static_cast<Parameters>(arguments)...); };
+  using Closure = decltype(closure);
+  return run_grid(kernel_name, grid, block, dynamic_bytes,
+                  {[](const void* pointer) { (*static_cast<Closure*>(pointer))(); }, &closure});
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const char* kernel_name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-                   cudaStream_t /*stream: every launch runs to its end at once*/,
-                   const Arguments&... arguments) {
-  const auto closure = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  using Closure = decltype(closure);
-  return run_grid(kernel_name, grid, block,
-                  {[](const void* pointer) { (*static_cast<Closure*>(pointer))(); }, &closure});
+                   cudaStream_t stream, const Arguments&... arguments) {
+  return launch_shared(kernel_name, kernel, grid, block, 0, stream, arguments...);
 }
 
 // ---- Shared memory ------------------------------------------------------------------------------
@@ -98,6 +111,15 @@ template <typename T, std::size_t count>
 auto shared_array(SharedArrayTag& tag) -> T (&)[count] {
   static_assert(std::is_trivially_destructible_v<T> && alignof(T) <= kMaxSharedAlignment);
   return *static_cast<T(*)[count]>(shared_memory(tag, sizeof(T[count]), alignof(T)));
+}
+
+// The memory that the launch has asked for.
+void* dynamic_shared_memory();
+
+template <typename T>
+T* dynamic_shared_array() {
+  static_assert(std::is_trivially_destructible_v<T> && alignof(T) <= kMaxSharedAlignment);
+  return static_cast<T*>(dynamic_shared_memory());
 }
 
 // ---- Barriers and warp intrinsics ---------------------------------------------------------------
