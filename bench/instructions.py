@@ -45,8 +45,8 @@ import collections
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
-import operator
 import os
 import re
 import shutil
@@ -56,7 +56,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD_DIRECTORY = ROOT / "build" / "in_place" / "cuda"
@@ -220,12 +220,15 @@ def extract_kernels(library: Path, folder: Path) -> list[Kernel]:
     found: dict[tuple[str, str], tuple[Path, int, int | None]] = {}
     for cubin in sorted(folder.glob("*.cubin")):
         arch = re.search(r"\.(sm_\w+)\.cubin$", cubin.name)
-        for symbol, index, threads in _kernels_of(cubin.read_bytes()) if arch else ():
+        if arch is None:
+            continue
+        for symbol, index, threads in _kernels_of(cubin.read_bytes()):
             # Several sources may hold the same instance of a template: one is as good as another.
             found.setdefault((arch[1], symbol), (cubin, index, threads))
     names = demangle([symbol for _, symbol in found])
     return [
-        Kernel(*key, name, *place) for (key, place), name in zip(found.items(), names, strict=True)
+        Kernel(arch, symbol, name, *place)
+        for ((arch, symbol), place), name in zip(found.items(), names, strict=True)
     ]
 
 
@@ -468,14 +471,29 @@ class Effects(NamedTuple):
 
 
 NO_EFFECTS = Effects()
-# A turn with more than this is no turn over full vectors; searching for it would take long.
-MOST_EFFECTS = Effects(160, 1024, 256, 16, 1024, 16, 1024, 0)
+# Of each effect the unit in which it is counted, and the number of bits for it. A turn that needs
+# more bits is none over full vectors; searching for such turns would take long.
+_UNITS = Effects(1, 16, 8, 1, 16, 1, 4, 1)
+_BITS = Effects(8, 6, 5, 4, 6, 4, 8, 0)
+_GUARDS = list(itertools.accumulate(bits + 1 for bits in _BITS))  # the bit above each is for these
+_TOO_MUCH = sum(1 << guard - 1 for guard in _GUARDS)
 
 
-def add_effects(one: Effects, other: Effects) -> Effects | None:
-    """Return both together, None if that is more than a turn over full vectors does."""
-    total = Effects._make(map(operator.add, one, other))
-    return None if any(map(operator.gt, total, MOST_EFFECTS)) else total
+def pack(effects: Effects) -> int:
+    """Return a number for effects: sums of these are the numbers of both together."""
+    number = 0
+    for amount, unit, bits, guard in zip(effects, _UNITS, _BITS, _GUARDS, strict=True):
+        number += min(amount // unit, 1 << bits) << guard - bits - 1
+    return number
+
+
+def unpack(number: int) -> Effects:
+    return Effects(
+        *(
+            (number >> guard - bits - 1 & (1 << bits) - 1) * unit
+            for unit, bits, guard in zip(_UNITS, _BITS, _GUARDS, strict=True)
+        )
+    )
 
 
 def effects_of(instruction: Instruction) -> Effects:
@@ -505,44 +523,53 @@ class Way:
     blocks: tuple[int, ...]
 
 
+_Path = tuple[Any, ...]  # a block and the path before it, empty at first
+
+
 def ways_through(loop: Loop, graph: Graph) -> list[Way]:
     """Return the shortest way for every combination of effects."""
     blocks = graph.blocks
     start = loop.head if loop.head is not None else 0
-    effects: dict[int, Effects] = {}
+    effects: dict[int, int] = {}
+    has_exponentials = False
     for index in loop.body:
         each = [effects_of(instruction) for instruction in blocks[index].instructions]
-        effects[index] = Effects._make(map(sum, zip(*each, strict=True)))
-    if sum(each.exponentials for each in effects.values()) == 0:
+        total = Effects._make(map(sum, zip(*each, strict=True)))
+        effects[index] = pack(total)
+        has_exponentials |= total.exponentials > 0
+    if not has_exponentials:
         return []
     # By block, by effects before it: length and path so far.
-    reached: dict[int, dict[Effects, tuple[int, tuple]]] = collections.defaultdict(dict)
-    reached[start][NO_EFFECTS] = (0, ())
-    finished: dict[Effects, tuple[int, tuple]] = {}
+    reached: dict[int, dict[int, tuple[int, _Path]]] = collections.defaultdict(dict)
+    reached[start][0] = (0, ())
+    finished: dict[int, tuple[int, _Path]] = {}
     for index in graph.order:
         if index not in loop.body or index not in reached:
             continue
         successors = blocks[index].successors
+        ends = loop.head in successors if loop.head is not None else not successors
+        onwards = [
+            reached[successor]
+            for successor in successors
+            if successor != loop.head
+            and successor in loop.body
+            and (index, successor) not in graph.back
+        ]
+        if ends:
+            onwards.append(finished)
+        own_effects, own_length = effects[index], len(blocks[index].instructions)
         for before, (length, path) in reached.pop(index).items():
-            after = add_effects(before, effects[index])
-            if after is None:
+            after = before + own_effects
+            if after & _TOO_MUCH:
                 continue
-            step = (length + len(blocks[index].instructions), (index, path))
-            ends = loop.head in successors if loop.head is not None else not successors
-            if ends and (after not in finished or step[0] < finished[after][0]):
-                finished[after] = step
-            for successor in successors:
-                if successor == loop.head or successor not in loop.body:
-                    continue
-                if (index, successor) in graph.back:
-                    continue
-                known = reached[successor]
+            step = (length + own_length, (index, path))
+            for known in onwards:
                 if after not in known or step[0] < known[after][0]:
                     known[after] = step
-    return [Way(after, length, _unlink(path)) for after, (length, path) in finished.items()]
+    return [Way(unpack(after), length, _unlink(path)) for after, (length, path) in finished.items()]
 
 
-def _unlink(path: tuple) -> tuple[int, ...]:
+def _unlink(path: _Path) -> tuple[int, ...]:
     found = []
     while path:
         found.append(path[0])

@@ -21,6 +21,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, IMAGES = ROOT / "bench" / "results", ROOT / "docs" / "images"
@@ -41,7 +42,7 @@ COLOURS = {
     ROLES["compiled"]: "#e08e0b",
     ROLES["eager"]: "#a9a9a9",
 }
-STYLE = {
+STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: small files
     "svg.hashsalt": "mlloss_cuda",  # the same input gives the same file
     "font.family": "sans-serif",
@@ -148,7 +149,7 @@ def _in_gradients(peak: int | None, gradient: int) -> float | None:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-def draw_bandwidth(rows: Sequence[Row], device: str) -> plt.Figure | None:
+def draw_bandwidth(rows: Sequence[Row], device: str) -> Figure | None:
     """Bars: of each kernel, the share of a copy's bandwidth, at the largest problem."""
     ours = [row for row in rows if row.role.startswith(LIBRARY) and row.share_of_copy]
     if any(row.role != LIBRARY for row in ours):  # comparisons hold all formats
@@ -177,7 +178,7 @@ def draw_bandwidth(rows: Sequence[Row], device: str) -> plt.Figure | None:
     return figure
 
 
-def draw_time(rows: Sequence[Row], device: str) -> plt.Figure | None:
+def draw_time(rows: Sequence[Row], device: str) -> Figure | None:
     """Forward + backward against torch: over the labels per row, or bars if there is one shape."""
     shown = [
         row
@@ -218,7 +219,7 @@ def draw_time(rows: Sequence[Row], device: str) -> plt.Figure | None:
     return figure
 
 
-def draw_memory(rows: Sequence[Row], device: str) -> plt.Figure | None:
+def draw_memory(rows: Sequence[Row], device: str) -> Figure | None:
     """Bars: peak memory of forward and backward over what was there before."""
     shown = [
         row

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in less than eight minutes and without network: build, tests,
-# compute-sanitizer, instruction counts, benchmark, plots. Results go to bench/results.
+# benchmark, plots, compute-sanitizer, instruction counts. Results go to bench/results.
 #
 #   bench/run_gpu.sh [--dry-run] [--no-build] [--output FOLDER]
 #
@@ -96,9 +96,29 @@ if has_module xdist; then workers=(-n 6); fi
 if ! has_module pytest || ! has_module hypothesis; then
   skip "tests" "pytest or hypothesis is not installed"
 elif [ "$dry_run" = 1 ]; then
-  step "tests, only collected" 120 "$PYTHON" -m pytest -qq -m cuda --collect-only tests
+  step "tests, only collected" 120 \
+    "$PYTHON" -m pytest -qq -m cuda --collect-only tests/test_losses.py
 else
   step "tests" 120 env MLLOSS_NATIVE=require "$PYTHON" -m pytest -q -m cuda "${workers[@]}" tests
+fi
+
+# What follows the benchmark gets what it leaves.
+bench_seconds=$((TOTAL_SECONDS - SECONDS - 130))
+if [ "$dry_run" = 1 ]; then
+  step "benchmark, tiny" 120 "$PYTHON" bench/gpu.py --device cpu --tiny --no-compile \
+    --losses sigmoid focal --dtypes bf16 --output "$output"
+else
+  step "benchmark" $((bench_seconds + 25)) \
+    "$PYTHON" bench/gpu.py --seconds "$bench_seconds" --output "$output"
+fi
+
+newest=$(ls -t "$output"/gpu-*.json 2>/dev/null | head -n 1)
+if [ -z "$newest" ]; then
+  skip "plots" "there are no results"
+elif ! has_module matplotlib; then
+  skip "plots" "matplotlib is not installed"
+else
+  step "plots" 30 "$PYTHON" bench/plots.py "$newest" --output "$output"
 fi
 
 sanitizer=$(command -v compute-sanitizer || true)
@@ -114,29 +134,15 @@ else
 fi
 
 if [ -f build/in_place/cuda/_C.abi3.so ]; then
-  instructions="$output/instructions.md"
-  if [ "$dry_run" = 1 ]; then instructions=/dev/null; fi
-  step "instruction counts" 60 \
-    bash -o pipefail -c '"$0" bench/instructions.py --markdown | tee "$1"' "$PYTHON" "$instructions"
+  if [ "$dry_run" = 1 ]; then
+    step "instruction counts, only of a small kernel" 60 \
+      "$PYTHON" bench/instructions.py --kernels "finish_reduction<float>"
+  else
+    step "instruction counts" 60 bash -o pipefail -c \
+      '"$0" bench/instructions.py --markdown | tee "$1"' "$PYTHON" "$output/instructions.md"
+  fi
 else
   skip "instruction counts" "there is no library with CUDA kernels"
-fi
-
-bench_seconds=$((TOTAL_SECONDS - SECONDS - 45))
-if [ "$dry_run" = 1 ]; then
-  step "benchmark" 120 "$PYTHON" bench/gpu.py --device cpu --tiny --no-compile --output "$output"
-else
-  step "benchmark" $((bench_seconds + 25)) \
-    "$PYTHON" bench/gpu.py --seconds "$bench_seconds" --output "$output"
-fi
-
-newest=$(ls -t "$output"/gpu-*.json 2>/dev/null | head -n 1)
-if [ -z "$newest" ]; then
-  skip "plots" "there are no results"
-elif ! has_module matplotlib; then
-  skip "plots" "matplotlib is not installed"
-else
-  step "plots" 30 "$PYTHON" bench/plots.py "$newest" --output "$output"
 fi
 
 printf '\n=== summary, %s s\n' "$SECONDS"
