@@ -10,7 +10,7 @@ CXX_FILES := find csrc tests bench -type f \
 	\( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test bench docs lint format asan tsan clean
+.PHONY: help build demo test bench plots docs lint format asan tsan clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /\1\t/' | expand -t 10
@@ -45,6 +45,9 @@ test: build ## run the tests; ARGS="-k name" selects
 
 bench: build ## time the losses against eager and compiled torch
 	@$(RUN) bench/run.py $(ARGS)
+
+plots: build ## draw the results of the benchmarks into docs/images
+	@$(RUN) bench/plots.py $(ARGS)
 
 # The extra `docs` is apart from the others, since nothing else needs it.
 $(VENV)/.installed_docs: $(VENV)/.installed

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import Case, Comparison, Inputs
+from cases import FEW, SAMPLED, Case, Comparison, Inputs
 from losses import LOSSES, Formula
 from torch import Tensor
 
@@ -38,6 +38,11 @@ def contestants_for(case: Case, inputs: Inputs) -> list[Contestant]:
     Args:
         inputs: one set of inputs, for its sizes alone.
     """
+    return peers_for(case) + _limits(case, inputs)
+
+
+def peers_for(case: Case) -> list[Contestant]:
+    """Everyone who computes the loss of a case, this library first."""
     # Compiled code of earlier cases would count towards the limit on recompilations.
     torch.compiler.reset()
     loss = LOSSES[case.loss]
@@ -51,10 +56,10 @@ def contestants_for(case: Case, inputs: Inputs) -> list[Contestant]:
     if loss.best_formula is not None:
         compiled_best = torch.compile(loss.best_formula, dynamic=False)
         field.append(_peer(loss.best_name, COMPILED_BEST, _on_bools(compiled_best)))
-    if inputs.observed_ids is not None:
+    if case.observed in (FEW, SAMPLED):
         on_observed = _on_observed(loss.formula, loss.takes_bool_target)
         field.append(_peer("gathered, " + loss.names[0], GATHERED, on_observed))
-    return field + _limits(case, inputs)
+    return field
 
 
 def formats_for(comparison: Comparison) -> list[Contestant]:
