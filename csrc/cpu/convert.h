@@ -32,6 +32,11 @@ void zero_row(const Problem& problem, int64_t row, void* grad_input);
 
 int64_t element_size(Element element);
 
+// &data[index].
+inline void* element_at(void* data, Element element, int64_t index) {
+  return static_cast<char*>(data) + index * element_size(element);
+}
+
 // data[index] of an int32 or int64 array.
 inline int64_t index_at(const void* data, Element element, int64_t index) {
   return element == Element::kInt32 ? static_cast<const int32_t*>(data)[index]

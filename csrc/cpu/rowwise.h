@@ -12,6 +12,7 @@
 #include "cpu/memory.h"
 #include "cpu/pointwise.h"
 #include "cpu/tiles.h"
+#include "cpu/vector_kernels.h"
 #include "cpu/work.h"
 #include "math/multilabel_categorical_crossentropy.h"
 #include "math/reduction.h"
@@ -227,6 +228,17 @@ void for_row_tiles(const Problem& problem, const Piece& piece, int64_t row, Tile
   }
 }
 
+// The vectorised loops, or nullptr.
+template <class Real>
+const VectorKernels* vector_kernels_for(const Problem& problem) {
+  return std::is_same_v<Real, float> && !goes_by_entries(problem) ? vector_kernels() : nullptr;
+}
+
+// Whether the loops that know bits will run: the others are but a fallback.
+inline Carrier carrier_for(const VectorKernels* vector, const Problem& problem) {
+  return vector != nullptr && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
+}
+
 // Loss: the row loss, with static finish(); `sums` wraps sums_of_tile.
 template <class Loss, class Real, class Sums>
 void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums) {
@@ -241,16 +253,27 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
     losses[row] = Loss::finish(sum.positive, sum.negative, value_at(problem.threshold, row),
                                statistics + row);
   };
+  const VectorKernels* vector = vector_kernels_for<Real>(problem);
+  const Carrier carrier = carrier_for(vector, problem);
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> tiles(problem, true);
+    TileReader<Real> tiles(problem, true, carrier, vector != nullptr);
     EntryReader<Real> entries(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
         RowSums<double> sum = RowSums<double>::empty();
-        const auto add = [&](const Tile<Real>& tile, int64_t) {
+        const auto add = [&](Tile<Real> tile, int64_t) {
           if (tile.labels.empty) return;
-          const RowSums<double> part = sums(tile);
+          RowSums<double> part;
+          bool done = false;
+          if constexpr (std::is_same_v<Real, float>) {
+            done = vector != nullptr && tile.labels.kind != TargetKind::kSoft &&
+                   vector->exponential_sums(tile, &part);
+          }
+          if (!done) {
+            if (vector != nullptr) tiles.decode(tile);
+            part = sums(tile);
+          }
           sum.positive = combine(sum.positive, part.positive);
           sum.negative = combine(sum.negative, part.negative);
         };
@@ -291,8 +314,11 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
     const double weight = weight_at(problem.weight, row);
     return weight == 0 ? 0.0 : weight * *input.scale * value_at(input.grad_output, row);
   };
+  const VectorKernels* vector = vector_kernels_for<Real>(problem);
+  const Carrier carrier = carrier_for(vector, problem);
+  const bool stream = is_streamed(problem);
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> tiles(problem, true);
+    TileReader<Real> tiles(problem, true, carrier, vector != nullptr);
     EntryReader<Real> entries(problem);
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
@@ -307,12 +333,24 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
           }
         }
         if (by_entries) zero_row(problem, row, output.grad_input);
-        const auto write = [&](const Tile<Real>& tile, int64_t begin) {
+        const auto write = [&](Tile<Real> tile, int64_t begin) {
           const int64_t offset = row * problem.columns + begin;
+          const bool is_zero = tile.labels.empty || scale == 0;
+          if (vector != nullptr && !is_zero) {
+            if constexpr (std::is_same_v<Real, float>) {
+              if (tile.labels.kind != TargetKind::kSoft &&
+                  vector->exponential_gradients(
+                      tile, statistics[row], static_cast<float>(scale), stream,
+                      element_at(output.grad_input, problem.element, offset))) {
+                return;
+              }
+            }
+            tiles.decode(tile);
+          }
           Real* out = !by_entries && problem.element == kElementOf<Real>
                           ? static_cast<Real*>(output.grad_input) + offset
                           : buffer;
-          if (tile.labels.empty || scale == 0) {
+          if (is_zero) {
             std::fill_n(out, tile.count, Real(0));
           } else {
             gradients(tile, statistics[row], static_cast<Real>(scale), out);
@@ -327,6 +365,7 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
         for_row_tiles(problem, piece, row, tiles, entries, write);
       }
     }
+    if (vector != nullptr && stream) vector->fence();
   });
 }
 
