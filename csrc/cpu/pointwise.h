@@ -540,10 +540,15 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
           if (labelled.labels.empty && out == nullptr) return;
           const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
           if constexpr (std::is_same_v<Real, float>) {
-            sum.total += vector != nullptr ? vector->softplus_sum(tile) : forward(loss, tile, out);
-          } else {
-            sum.total += forward(loss, tile, out);
+            if (vector != nullptr) {
+              sum.total += vector->softplus_sum(tile);
+              const LabelTile<Real>& labels = tile.labels;
+              const bool is_masked = labels.observed != nullptr || labels.observed_bits != nullptr;
+              sum.denominator += is_masked ? vector->count_observed(tile) : tile.count;
+              return;
+            }
           }
+          sum.total += forward(loss, tile, out);
           if (counts(problem.reduction)) sum.denominator += counted(tile, problem.reduction);
         });
       }

@@ -46,16 +46,16 @@ constexpr int kPrefetch = 8192;
 
 // The sum of log(1 + q).
 MLLOSS_CLONES double sum_of_logarithms(const float* q, int count) {
-  double sum = 0;
+  float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < count; ++i) sum += static_cast<double>(log1p_nonnegative(q[i]));
-  return sum;
+  for (int i = 0; i < count; ++i) sum += log1p_nonnegative(q[i]);
+  return static_cast<double>(sum);
 }
 
 }  // namespace
 }  // namespace mlloss::cpu
 
-#define MLLOSS_TARGET target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")
+#define MLLOSS_TARGET target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,popcnt")
 #define MLLOSS_VECTOR inline __attribute__((always_inline, MLLOSS_TARGET))
 namespace mlloss::cpu::avx512 {
 namespace {
@@ -65,7 +65,7 @@ namespace {
 }  // namespace mlloss::cpu::avx512
 #undef MLLOSS_TARGET
 
-#define MLLOSS_TARGET target("avx2,fma,f16c")
+#define MLLOSS_TARGET target("avx2,fma,f16c,popcnt")
 namespace mlloss::cpu::avx2 {
 namespace {
 #include "cpu/vector_avx2.inc"
@@ -81,7 +81,7 @@ const VectorKernels* choose() {
   const std::string_view limit = variable == nullptr ? "avx512" : variable;
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c");
+                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
   if (!has_avx2 || limit == "default") return nullptr;
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

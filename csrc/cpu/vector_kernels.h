@@ -18,6 +18,8 @@ struct VectorKernels {
   bool (*exponential_sums)(const Tile<float>& tile, RowSums<double>* sums);
   bool (*exponential_gradients)(const Tile<float>& tile, const RowStatistics<float>& statistics,
                                 float scale, bool stream, void* gradients);
+  // How many elements of a masked tile are observed.
+  int64_t (*count_observed)(const Tile<float>& tile);
   // Makes what was streamed visible to other threads; to be called by the thread that wrote it.
   void (*fence)();
 };
