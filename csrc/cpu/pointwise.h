@@ -655,8 +655,7 @@ void backward_over_tiles(const PointwiseProblem& problem,
   const Loss loss = Loss::from(problem);
   const Pieces pieces(problem.rows, problem.columns);
   const Carrier carrier = upstream.is_uniform() ? carrier_for<Loss>(problem) : Carrier::kBytes;
-  const VectorKernels* vector =
-      upstream.is_uniform() ? vector_kernels_for<Loss>(problem) : nullptr;
+  const VectorKernels* vector = upstream.is_uniform() ? vector_kernels_for<Loss>(problem) : nullptr;
   const bool stream = is_streamed(problem);
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     TileReader<Real> reader(problem, false, carrier, vector != nullptr);

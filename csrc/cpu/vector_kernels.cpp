@@ -38,7 +38,7 @@ struct BFloat16 {
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147182f;  // off by 1.9e-9: at most 2.4e-7 of e^x for x >= -87
 // e^r for |r| <= ln(2) / 2: minimax polynomial, relative error 7.5e-8. From the highest power on.
-constexpr float kExponential[] = {8.297646e-3f, 4.191543e-2f, 1.6667575e-1f,
+constexpr float kExponential[] = {8.297646e-3f,  4.191543e-2f, 1.6667575e-1f,
                                   4.9998894e-1f, 9.999997e-1f, 1.0f};
 
 // Bytes from what is read to what is fetched: about as long as memory takes to answer.
@@ -59,8 +59,8 @@ MLLOSS_CLONES double sum_of_logarithms(const float* q, int count) {
 #define MLLOSS_VECTOR inline __attribute__((always_inline, MLLOSS_TARGET))
 namespace mlloss::cpu::avx512 {
 namespace {
-#include "cpu/vector_avx512.inc"
-#include "cpu/vector_loops.inc"
+#include "cpu/vector_avx512.h"
+#include "cpu/vector_loops.h"
 }  // namespace
 }  // namespace mlloss::cpu::avx512
 #undef MLLOSS_TARGET
@@ -68,8 +68,8 @@ namespace {
 #define MLLOSS_TARGET target("avx2,fma,f16c,popcnt")
 namespace mlloss::cpu::avx2 {
 namespace {
-#include "cpu/vector_avx2.inc"
-#include "cpu/vector_loops.inc"
+#include "cpu/vector_avx2.h"
+#include "cpu/vector_loops.h"
 }  // namespace
 }  // namespace mlloss::cpu::avx2
 

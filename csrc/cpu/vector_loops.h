@@ -7,17 +7,10 @@ constexpr uint64_t kFull = kGroup == 64 ? ~uint64_t(0) : (uint64_t(1) << (kGroup
 
 // Labels of `count` elements as bits, from element i on; the rest of the bits is 0.
 MLLOSS_VECTOR uint64_t label_bits(const uint8_t* bytes, const uint32_t* words, int i, int count) {
-  uint64_t bits = 0;
-  if (words != nullptr) {
-    bits = words[i / kWordBits];
-    if (count > kWordBits) bits |= uint64_t(words[i / kWordBits + 1]) << kWordBits;
-    if (count < kGroup) bits &= (uint64_t(1) << count) - 1;
-  } else if (count == kGroup) {
-    bits = bits_of(bytes + i);
-  } else {
-    for (int j = 0; j < count; ++j) bits |= uint64_t(bytes[i + j] != 0) << j;
-  }
-  return bits;
+  if (words == nullptr) return bits_of(bytes + i, count);
+  uint64_t bits = words[i / kWordBits];
+  if (count > kWordBits) bits |= uint64_t(words[i / kWordBits + 1]) << kWordBits;
+  return count < kGroup ? bits & ((uint64_t(1) << count) - 1) : bits;
 }
 
 // The elements [begin, begin + kGroup) of a tile; at its end, a copy filled up with zeros that are
@@ -53,13 +46,11 @@ MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Body& body) {
       if (is_hard && labels.hard != nullptr) __builtin_prefetch(labels.hard + i + kAhead);
       if (is_masked && labels.observed != nullptr) __builtin_prefetch(labels.observed + i + kAhead);
     } else {
-      std::memset(last_logits, 0, sizeof last_logits);
-      std::memcpy(last_logits, logits + i, count * sizeof(Stored));
+      copy_padded(logits + i, count * sizeof(Stored), sizeof last_logits, last_logits);
       group.logits = last_logits;
       if (!is_masked) group.observed = (uint64_t(1) << count) - 1;
       if constexpr (kSoft) {
-        std::memset(last_soft, 0, sizeof last_soft);
-        std::memcpy(last_soft, labels.soft + i, count * sizeof(float));
+        copy_padded(labels.soft + i, count * sizeof(float), sizeof last_soft, last_soft);
         group.soft = last_soft;
       }
     }
@@ -123,8 +114,8 @@ MLLOSS_VECTOR double softplus_sum_of(const Tile<float>& tile) {
       linear[j] = add(linear[j], keep(observed, part));
     }
   });
-  // A lane has seen kTile / kGroup elements, so q < 2^(kTile / kGroup): two lanes fit together where
-  // that stays below what a float holds.
+  // A lane has seen kTile / kGroup elements, so q < 2^(kTile / kGroup): two lanes fit together
+  // where that stays below what a float holds.
   constexpr int kLogarithms = 2 * (kTile / kGroup) < 100 ? kVectors / 2 : kVectors;
   alignas(64) float arguments[kLogarithms * kWidth];
   for (int j = 0; j < kLogarithms; ++j) {
@@ -151,35 +142,35 @@ MLLOSS_VECTOR void softplus_gradients_of(const Tile<float>& tile, float scale, b
                                          void* gradients) {
   auto* out = static_cast<Stored*>(gradients);
   stream = stream && is_aligned(out);
-  for_groups<kSoft, Stored>(tile, [&](const Group<Stored>& group, int begin,
-                                int count) MLLOSS_VECTOR_LAMBDA {
-    if (!kSoft && group.hard == 0 && group.observed == kFull) {
-      const auto negatives = [&](int j) MLLOSS_VECTOR_LAMBDA {
-        return scaled_sigmoid(load(group.logits + j * kWidth), all(scale));
-      };
-      store_group(negatives, begin, count, stream, out);
-      return;
-    }
-    const auto any = [&](int j) MLLOSS_VECTOR_LAMBDA {
-      const Floats x = load(group.logits + j * kWidth);
-      const Mask observed = mask_from(group.observed, j);
-      if (kSoft) {
-        // (1 - y) sigmoid(x) - y sigmoid(-x)
-        const Floats y = load(group.soft + j * kWidth);
-        const Floats e = exponential(minus_absolute(x));
-        const Floats large = divide(all(1), add(all(1), e));
-        const Floats small = multiply(e, large);
-        const Floats p = select(is_negative(x), small, large);
-        const Floats q = select(is_negative(x), large, small);
-        const Floats value = subtract(multiply(subtract(all(1), y), p), multiply(y, q));
-        return keep(observed, multiply(all(scale), value));
-      }
-      // The sign of positives is flipped, and flipped back.
-      const Mask hard = mask_from(group.hard, j);
-      return keep(observed, flip_sign(hard, scaled_sigmoid(flip_sign(hard, x), all(scale))));
-    };
-    store_group(any, begin, count, stream, out);
-  });
+  for_groups<kSoft, Stored>(
+      tile, [&](const Group<Stored>& group, int begin, int count) MLLOSS_VECTOR_LAMBDA {
+        if (!kSoft && group.hard == 0 && group.observed == kFull) {
+          const auto negatives = [&](int j) MLLOSS_VECTOR_LAMBDA {
+            return scaled_sigmoid(load(group.logits + j * kWidth), all(scale));
+          };
+          store_group(negatives, begin, count, stream, out);
+          return;
+        }
+        const auto any = [&](int j) MLLOSS_VECTOR_LAMBDA {
+          const Floats x = load(group.logits + j * kWidth);
+          const Mask observed = mask_from(group.observed, j);
+          if (kSoft) {
+            // (1 - y) sigmoid(x) - y sigmoid(-x)
+            const Floats y = load(group.soft + j * kWidth);
+            const Floats e = exponential(minus_absolute(x));
+            const Floats large = divide(all(1), add(all(1), e));
+            const Floats small = multiply(e, large);
+            const Floats p = select(is_negative(x), small, large);
+            const Floats q = select(is_negative(x), large, small);
+            const Floats value = subtract(multiply(subtract(all(1), y), p), multiply(y, q));
+            return keep(observed, multiply(all(scale), value));
+          }
+          // The sign of positives is flipped, and flipped back.
+          const Mask hard = mask_from(group.hard, j);
+          return keep(observed, flip_sign(hard, scaled_sigmoid(flip_sign(hard, x), all(scale))));
+        };
+        store_group(any, begin, count, stream, out);
+      });
 }
 
 // ---- Sums of exponentials ----
@@ -351,7 +342,7 @@ __attribute__((MLLOSS_TARGET)) int64_t count_observed(const Tile<float>& tile) {
 
 __attribute__((MLLOSS_TARGET)) void fence() { _mm_sfence(); }
 
-constexpr VectorKernels kKernels = {softplus_sum, softplus_gradients,    exponential_sums,
-                                    exponential_gradients, count_observed, fence};
+constexpr VectorKernels kKernels = {softplus_sum,          softplus_gradients, exponential_sums,
+                                    exponential_gradients, count_observed,     fence};
 
 #undef MLLOSS_VECTOR_LAMBDA

@@ -55,9 +55,7 @@ MLLOSS_VECTOR Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 MLLOSS_VECTOR Floats subtract(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 MLLOSS_VECTOR Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 MLLOSS_VECTOR Floats divide(Floats a, Floats b) { return _mm256_div_ps(a, b); }
-MLLOSS_VECTOR Floats multiply_add(Floats a, Floats b, Floats c) {
-  return _mm256_fmadd_ps(a, b, c);
-}
+MLLOSS_VECTOR Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 // The larger one; b where either is NaN.
 MLLOSS_VECTOR Floats maximum(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 MLLOSS_VECTOR Floats negate(Floats x) { return _mm256_xor_ps(x, all(-0.0f)); }
@@ -78,11 +76,22 @@ MLLOSS_VECTOR Floats flip_sign(Mask mask, Floats x) {
   return _mm256_xor_ps(x, _mm256_and_ps(mask, all(-0.0f)));
 }
 
-// 4 kWidth bytes as bits: 1 where nonzero.
-MLLOSS_VECTOR uint64_t bits_of(const uint8_t* bytes) {
+// `count` bytes, at most 4 kWidth, as bits: 1 where nonzero.
+MLLOSS_VECTOR uint64_t bits_of(const uint8_t* bytes, int count) {
+  if (count < 4 * kWidth) {
+    uint64_t bits = 0;
+    for (int i = 0; i < count; ++i) bits |= uint64_t(bytes[i] != 0) << i;
+    return bits;
+  }
   const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes));
   const __m256i zero = _mm256_cmpeq_epi8(values, _mm256_setzero_si256());
   return static_cast<uint32_t>(~_mm256_movemask_epi8(zero));
+}
+
+// Copies `count` bytes and fills up to `padded` with zeros.
+MLLOSS_VECTOR void copy_padded(const void* source, int64_t count, int64_t padded, void* out) {
+  std::memcpy(out, source, count);
+  std::memset(static_cast<char*>(out) + count, 0, padded - count);
 }
 
 // e^x for x <= 0 (or NaN). Results below 1.2e-38, which are subnormal, are 0.

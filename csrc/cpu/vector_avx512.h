@@ -59,9 +59,7 @@ MLLOSS_VECTOR Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 MLLOSS_VECTOR Floats subtract(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 MLLOSS_VECTOR Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 MLLOSS_VECTOR Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
-MLLOSS_VECTOR Floats multiply_add(Floats a, Floats b, Floats c) {
-  return _mm512_fmadd_ps(a, b, c);
-}
+MLLOSS_VECTOR Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 // The larger one; b where either is NaN.
 MLLOSS_VECTOR Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
 MLLOSS_VECTOR Floats negate(Floats x) { return _mm512_xor_ps(x, all(-0.0f)); }
@@ -81,17 +79,32 @@ MLLOSS_VECTOR Floats flip_sign(Mask mask, Floats x) {
   return _mm512_mask_xor_ps(x, mask, x, all(-0.0f));
 }
 
-// 4 kWidth bytes as bits: 1 where nonzero.
-MLLOSS_VECTOR uint64_t bits_of(const uint8_t* bytes) {
-  const __m512i values = _mm512_loadu_si512(bytes);
+// The lowest `count` bits, at most 64.
+MLLOSS_VECTOR uint64_t lowest_bits(int64_t count) {
+  return count >= 64 ? ~uint64_t(0) : count <= 0 ? 0 : (uint64_t(1) << count) - 1;
+}
+
+// `count` bytes, at most 4 kWidth, as bits: 1 where nonzero.
+MLLOSS_VECTOR uint64_t bits_of(const uint8_t* bytes, int count) {
+  const __m512i values = _mm512_maskz_loadu_epi8(lowest_bits(count), bytes);
   return _mm512_test_epi8_mask(values, values);
+}
+
+// Copies `count` bytes and fills up to `padded`, a multiple of 64, with zeros. In whole vectors:
+// loading a vector that was stored in parts waits for the parts.
+MLLOSS_VECTOR void copy_padded(const void* source, int64_t count, int64_t padded, void* out) {
+  for (int64_t i = 0; i < padded; i += 64) {
+    _mm512_storeu_si512(
+        static_cast<char*>(out) + i,
+        _mm512_maskz_loadu_epi8(lowest_bits(count - i), static_cast<const char*>(source) + i));
+  }
 }
 
 // e^x for x <= 0 (or NaN).
 MLLOSS_VECTOR Floats exponential(Floats x) {
   x = maximum(all(-150), x);  // e^-150 comes out as 0, and infinity would as NaN
-  const Floats k = _mm512_roundscale_ps(multiply(x, all(kLog2E)),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const Floats k =
+      _mm512_roundscale_ps(multiply(x, all(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Floats r = _mm512_fnmadd_ps(k, all(kLn2), x);
   Floats p = all(kExponential[0]);
   for (int i = 1; i < 6; ++i) p = multiply_add(p, r, all(kExponential[i]));
