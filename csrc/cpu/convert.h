@@ -35,6 +35,11 @@ void zero_run(void* data, Element element, int64_t offset, int64_t count);
 
 int64_t element_size(Element element);
 
+// &data[index].
+inline void* element_at(void* data, Element element, int64_t index) {
+  return static_cast<char*>(data) + index * element_size(element);
+}
+
 // data[index] of an int32 or int64 array.
 inline int64_t index_at(const void* data, Element element, int64_t index) {
   return element == Element::kInt32 ? static_cast<const int32_t*>(data)[index]

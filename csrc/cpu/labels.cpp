@@ -450,6 +450,20 @@ void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& til
   tile.observed = bytes;
 }
 
+template <class Real>
+void LabelReader<Real>::expand(LabelTile<Real>& tile, int count) {
+  if (tile.hard_bits != nullptr) {
+    loops::expand(tile.hard_bits, words_for(count), hard_);
+    tile.hard = hard_;
+    tile.hard_bits = nullptr;
+  }
+  if (tile.observed_bits != nullptr) {
+    loops::expand(tile.observed_bits, words_for(count), observed_);
+    tile.observed = observed_;
+    tile.observed_bits = nullptr;
+  }
+}
+
 template class LabelReader<float>;
 template class LabelReader<double>;
 

@@ -107,6 +107,9 @@ class LabelReader {
   // The next `count` <= kTile columns, from left to right.
   LabelTile<Real> tile(int64_t begin, int count);
 
+  // Bits of a tile become bytes.
+  void expand(LabelTile<Real>& tile, int count);
+
  private:
   void read_target(int64_t begin, int count, LabelTile<Real>& tile);
   void read_dense_target(int64_t begin, int count, LabelTile<Real>& tile);

@@ -2,6 +2,7 @@
 // see math/sigmoid_cross_entropy.h for what it has to offer.
 #pragma once
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -10,6 +11,7 @@
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
 #include "cpu/tiles.h"
+#include "cpu/vector_kernels.h"
 #include "cpu/work.h"
 #include "math/reduction.h"
 #include "math/scalar.h"
@@ -352,12 +354,24 @@ MLLOSS_INLINE void backward_tile(const Loss& loss, const PointwiseTile<Real>& ti
       });
 }
 
+// Whether the loss of every element is softplus(z) and counts once.
+template <class Loss>
+bool is_plain_softplus(const PointwiseProblem& problem) {
+  return Loss::kIsSoftplus && problem.weight.data == nullptr && !problem.has_parameters();
+}
+
 // Whether the loops that know bits will run.
 template <class Loss>
 Carrier carrier_for(const PointwiseProblem& problem) {
-  const bool is_plain = Loss::kIsSoftplus && problem.weight.data == nullptr &&
-                        !problem.has_parameters() && problem.label_smoothing == 0;
-  return is_plain && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
+  const bool takes_bits = is_plain_softplus<Loss>(problem) && problem.label_smoothing == 0;
+  return takes_bits && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
+}
+
+// The vectorised loops for all of a problem, or nullptr.
+template <class Loss>
+const VectorKernels* vector_kernels_for(const PointwiseProblem& problem) {
+  const bool takes = is_plain_softplus<Loss>(problem) && problem.element != Element::kDouble;
+  return takes ? vector_kernels() : nullptr;
 }
 
 // ---- The whole matrix ----
@@ -512,9 +526,10 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
   const Loss loss = Loss::from(problem);
   const Pieces pieces(problem.rows, problem.columns);
   const Carrier carrier = losses == nullptr ? carrier_for<Loss>(problem) : Carrier::kBytes;
+  const VectorKernels* vector = losses == nullptr ? vector_kernels_for<Loss>(problem) : nullptr;
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier);
+    TileReader<Real> reader(problem, false, carrier, vector != nullptr);
     PointwiseConstants<Real> constants(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
@@ -524,6 +539,15 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
           Real* out = losses == nullptr ? nullptr : losses + row * problem.columns + begin;
           if (labelled.labels.empty && out == nullptr) return;
           const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+          if constexpr (std::is_same_v<Real, float>) {
+            if (vector != nullptr) {
+              sum.total += vector->softplus_sum(tile);
+              const LabelTile<Real>& labels = tile.labels;
+              const bool is_masked = labels.observed != nullptr || labels.observed_bits != nullptr;
+              sum.denominator += is_masked ? vector->count_observed(tile) : tile.count;
+              return;
+            }
+          }
           sum.total += forward(loss, tile, out);
           if (counts(problem.reduction)) sum.denominator += counted(tile, problem.reduction);
         });
@@ -626,9 +650,11 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
   using Real = typename Loss::Real;
   const Loss loss = Loss::from(problem);
   const Pieces pieces(problem.rows, problem.columns);
+  const Carrier carrier = carrier_for<Loss>(problem);
+  const VectorKernels* vector = vector_kernels_for<Loss>(problem);
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier_for<Loss>(problem));
+    TileReader<Real> reader(problem, false, carrier, vector != nullptr);
     PointwiseConstants<Real> constants(problem);
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
@@ -642,6 +668,14 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
           Real* gradients =
               problem.element == kElementOf<Real> ? static_cast<Real*>(output) + offset : buffer;
           const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+          if constexpr (std::is_same_v<Real, float>) {
+            if (vector != nullptr) {
+              sum.total += vector->softplus_sum(tile);
+              vector->softplus_gradients(tile, scale, false,
+                                         element_at(output, problem.element, offset));
+              return;
+            }
+          }
           sum.total += forward(loss, tile, static_cast<Real*>(nullptr));
           backward(loss, tile, scale, gradients);
           if (gradients == buffer) store(buffer, count, output, problem.element, offset);
@@ -801,8 +835,10 @@ void backward_over_tiles(const PointwiseProblem& problem,
   const Loss loss = Loss::from(problem);
   const Pieces pieces(problem.rows, problem.columns);
   const Carrier carrier = upstream.is_uniform() ? carrier_for<Loss>(problem) : Carrier::kBytes;
+  const VectorKernels* vector = upstream.is_uniform() ? vector_kernels_for<Loss>(problem) : nullptr;
+  const bool stream = is_streamed(problem);
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier);
+    TileReader<Real> reader(problem, false, carrier, vector != nullptr);
     PointwiseConstants<Real> constants(problem);
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
@@ -815,6 +851,13 @@ void backward_over_tiles(const PointwiseProblem& problem,
                                 : buffer;
           const int count = labelled.count;
           const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+          if constexpr (std::is_same_v<Real, float>) {
+            if (vector != nullptr) {
+              vector->softplus_gradients(tile, upstream.scale(), stream,
+                                         element_at(grad_input, problem.element, offset));
+              return;
+            }
+          }
           backward(loss, tile, upstream.scale(), gradients);
           const auto load_own = [&](const Strided& array, Real* out) {
             PointwiseConstants<Real>::load_columns(array, row, begin, count, out);
@@ -824,6 +867,7 @@ void backward_over_tiles(const PointwiseProblem& problem,
         });
       }
     }
+    if (vector != nullptr && stream) vector->fence();
   });
 }
 

@@ -12,6 +12,7 @@
 #include "cpu/memory.h"
 #include "cpu/pointwise.h"
 #include "cpu/tiles.h"
+#include "cpu/vector_kernels.h"
 #include "cpu/work.h"
 #include "math/multilabel_categorical_crossentropy.h"
 #include "math/reduction.h"
@@ -227,15 +228,49 @@ void for_row_tiles(const Problem& problem, const Piece& piece, int64_t row, Tile
   }
 }
 
+// The vectorised loops, or nullptr.
+template <class Real>
+const VectorKernels* vector_kernels_for(const Problem& problem) {
+  return std::is_same_v<Real, float> && !goes_by_entries(problem) ? vector_kernels() : nullptr;
+}
+
+// Whether the loops that know bits will run: the others are but a fallback.
+inline Carrier carrier_for(const VectorKernels* vector, const Problem& problem) {
+  return vector != nullptr && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
+}
+
+// One thread's readers of rows.
+template <class Real>
+struct RowReader {
+  const VectorKernels* vector;
+  TileReader<Real> tiles;
+  EntryReader<Real> entries;
+  RowOfEntries<Real> row_of_entries;
+
+  explicit RowReader(const Problem& problem)
+      : vector(vector_kernels_for<Real>(problem)),
+        tiles(problem, true, carrier_for(vector, problem), vector != nullptr),
+        entries(problem) {}
+};
+
 // Sums of a piece of a row; `sums` wraps sums_of_tile.
 template <class Real, class Sums>
 RowSums<double> sums_of_piece(const Problem& problem, const Piece& piece, int64_t row,
-                              TileReader<Real>& tiles, EntryReader<Real>& entries,
-                              const Sums& sums) {
+                              RowReader<Real>& reader, const Sums& sums) {
   RowSums<double> sum = RowSums<double>::empty();
-  for_row_tiles(problem, piece, row, tiles, entries, [&](const Tile<Real>& tile, int64_t) {
+  const VectorKernels* vector = reader.vector;
+  for_row_tiles(problem, piece, row, reader.tiles, reader.entries, [&](Tile<Real> tile, int64_t) {
     if (tile.labels.empty) return;
-    const RowSums<double> part = sums(tile);
+    RowSums<double> part;
+    bool done = false;
+    if constexpr (std::is_same_v<Real, float>) {
+      done = vector != nullptr && tile.labels.kind != TargetKind::kSoft &&
+             vector->exponential_sums(tile, &part);
+    }
+    if (!done) {
+      if (vector != nullptr) reader.tiles.decode(tile);
+      part = sums(tile);
+    }
     sum.positive = combine(sum.positive, part.positive);
     sum.negative = combine(sum.negative, part.negative);
   });
@@ -257,6 +292,7 @@ struct GradientTarget {
   void* data;          // [N, C], element type of the logits
   int64_t row_stride;  // in elements
   void* threshold;     // [N], element type of the statistics; or nullptr
+  bool stream;         // past the caches: nobody reads it soon, and it is not the logits
 };
 
 // Writes the gradients of a piece of a row, times `scale`; `gradients` wraps gradients_of_tile.
@@ -264,8 +300,7 @@ struct GradientTarget {
 template <class Loss, class Real, class Gradients>
 void write_gradients(const RowwiseProblem& problem, const Piece& piece, int64_t row, double scale,
                      const RowStatistics<Real>& statistics, const GradientTarget& target,
-                     TileReader<Real>& tiles, EntryReader<Real>& entries,
-                     RowOfEntries<Real>& row_of_entries, const Gradients& gradients) {
+                     RowReader<Real>& reader, const Gradients& gradients) {
   const bool by_entries = goes_by_entries(problem);
   alignas(64) Real buffer[kTile];
   if constexpr (Loss::kHasThreshold) {
@@ -276,20 +311,34 @@ void write_gradients(const RowwiseProblem& problem, const Piece& piece, int64_t 
           scale == 0 ? Real(0) : static_cast<Real>(scale * derivative);
     }
   }
-  row_of_entries.clear();
-  for_row_tiles(problem, piece, row, tiles, entries, [&](const Tile<Real>& tile, int64_t begin) {
+  reader.row_of_entries.clear();
+  const VectorKernels* vector = reader.vector;
+  const auto write = [&](Tile<Real> tile, int64_t begin) {
     const int64_t offset = row * target.row_stride + begin;
-    Real* out = by_entries ? row_of_entries.add(entries.columns(), tile.count)
+    const bool is_zero = tile.labels.empty || scale == 0;
+    if (vector != nullptr && !is_zero) {
+      if constexpr (std::is_same_v<Real, float>) {
+        if (tile.labels.kind != TargetKind::kSoft &&
+            vector->exponential_gradients(tile, statistics, static_cast<float>(scale),
+                                          target.stream,
+                                          element_at(target.data, problem.element, offset))) {
+          return;
+        }
+      }
+      reader.tiles.decode(tile);
+    }
+    Real* out = by_entries ? reader.row_of_entries.add(reader.entries.columns(), tile.count)
                 : problem.element == kElementOf<Real> ? static_cast<Real*>(target.data) + offset
                                                       : buffer;
-    if (tile.labels.empty || scale == 0) {
+    if (is_zero) {
       std::fill_n(out, tile.count, Real(0));
     } else {
       gradients(tile, statistics, static_cast<Real>(scale), out);
     }
     if (out == buffer) store(buffer, tile.count, target.data, problem.element, offset);
-  });
-  if (by_entries) row_of_entries.write(problem, target.data, row * target.row_stride);
+  };
+  for_row_tiles(problem, piece, row, reader.tiles, reader.entries, write);
+  if (by_entries) reader.row_of_entries.write(problem, target.data, row * target.row_stride);
 }
 
 // Loss and gradient in one pass: of each row first the sums, then the gradients, while it is in the
@@ -309,7 +358,8 @@ void rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output
   const double scale = scaled_for_gradient(
       scale_of(denominator_of(problem.reduction, counted, problem.batch, problem.normalizer)),
       output);
-  const GradientTarget target{output.gradient, problem.row_stride, output.gradient_threshold};
+  const GradientTarget target{output.gradient, problem.row_stride, output.gradient_threshold,
+                              false};
   const auto finish = [&](int64_t row, const RowSums<double>& sum) {
     losses[row] = Loss::finish(sum.positive, sum.negative, value_at(problem.threshold, row),
                                statistics + row);
@@ -325,20 +375,18 @@ void rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output
   for (int64_t begin = 0; begin < pieces.count(); begin += group) {
     const int64_t end = std::min(begin + group, pieces.count());
     for_pieces(begin, end, [&](int64_t first, int64_t last) {
-      TileReader<Real> tiles(problem, true);
-      EntryReader<Real> entries(problem);
-      RowOfEntries<Real> row_of_entries;
+      RowReader<Real> reader(problem);
       for (int64_t index = first; index < last; ++index) {
         const Piece piece = pieces[index];
         for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-          const auto sum = sums_of_piece(problem, piece, row, tiles, entries, sums);
+          const auto sum = sums_of_piece(problem, piece, row, reader, sums);
           if (per_row > 1) {
             partial[index - begin] = sum;
             continue;
           }
           finish(row, sum);
           write_gradients<Loss>(problem, piece, row, scale_of_row(row), statistics[row], target,
-                                tiles, entries, row_of_entries, gradients);
+                                reader, gradients);
         }
       }
     });
@@ -347,14 +395,12 @@ void rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output
       finish(index / per_row, combined(partial.data() + (index - begin), per_row));
     }
     for_pieces(begin, end, [&](int64_t first, int64_t last) {
-      TileReader<Real> tiles(problem, true);
-      EntryReader<Real> entries(problem);
-      RowOfEntries<Real> row_of_entries;
+      RowReader<Real> reader(problem);
       for (int64_t index = first; index < last; ++index) {
         const Piece piece = pieces[index];
         const int64_t row = piece.row_begin;
         write_gradients<Loss>(problem, piece, row, scale_of_row(row), statistics[row], target,
-                              tiles, entries, row_of_entries, gradients);
+                              reader, gradients);
       }
     });
   }
@@ -380,12 +426,11 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
                                statistics + row);
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> tiles(problem, true);
-    EntryReader<Real> entries(problem);
+    RowReader<Real> reader(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        const auto sum = sums_of_piece(problem, piece, row, tiles, entries, sums);
+        const auto sum = sums_of_piece(problem, piece, row, reader, sums);
         if (partial.empty()) {
           finish(row, sum);
         } else {
@@ -408,7 +453,8 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
   const Pieces pieces = goes_by_entries(problem) ? pieces_of_entries(problem, true)
                                                  : Pieces(problem.rows, problem.columns);
   const auto* statistics = static_cast<const RowStatistics<Real>*>(input.statistics);
-  const GradientTarget target{output.grad_input, problem.columns, output.grad_threshold};
+  const GradientTarget target{output.grad_input, problem.columns, output.grad_threshold,
+                              is_streamed(problem)};
   prefer_huge_pages(output.grad_input,
                     problem.rows * problem.columns * element_size(problem.element));
   const auto scale_of_row = [&](int64_t row) {
@@ -416,16 +462,15 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
     return weight == 0 ? 0.0 : weight * *input.scale * value_at(input.grad_output, row);
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> tiles(problem, true);
-    EntryReader<Real> entries(problem);
-    RowOfEntries<Real> row_of_entries;
+    RowReader<Real> reader(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
         write_gradients<Loss>(problem, piece, row, scale_of_row(row), statistics[row], target,
-                              tiles, entries, row_of_entries, gradients);
+                              reader, gradients);
       }
     }
+    if (reader.vector != nullptr && target.stream) reader.vector->fence();
   });
 }
 

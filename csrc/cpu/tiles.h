@@ -17,7 +17,9 @@ constexpr Element kElementOf = sizeof(Real) == 8 ? Element::kDouble : Element::k
 template <class Real>
 struct Tile {
   int count = 0;
-  const Real* logits = nullptr;  // [count]
+  const Real* logits = nullptr;  // [count]; nullptr where a reader leaves them as they are stored
+  const void* stored = nullptr;  // [count], elements of the type `element`; nullptr if gathered
+  Element element = Element::kFloat;
   LabelTile<Real> labels;
 };
 
@@ -25,9 +27,11 @@ struct Tile {
 template <class Real>
 class TileReader {
  public:
-  // `prefer_hard`, `carrier`: see LabelReader.
-  TileReader(const Problem& problem, bool prefer_hard, Carrier carrier = Carrier::kBytes)
-      : problem_(problem), labels_(problem, prefer_hard, carrier) {}
+  // `prefer_hard`, `carrier`: see LabelReader. `as_stored`: the logits of a tile are not decoded,
+  // nor fetched ahead; decode() does it.
+  TileReader(const Problem& problem, bool prefer_hard, Carrier carrier = Carrier::kBytes,
+             bool as_stored = false)
+      : problem_(problem), as_stored_(as_stored), labels_(problem, prefer_hard, carrier) {}
 
   // Columns [begin, end) of a row follow.
   void start_row(int64_t row, int64_t begin, int64_t end) {
@@ -39,23 +43,38 @@ class TileReader {
   // The next `count` <= kTile columns, from left to right.
   Tile<Real> tile(int64_t begin, int count) {
     prefetch(begin + count, std::min<int64_t>(kTile, end_ - begin - count));
-    return {count, logits(begin, count), labels_.tile(begin, count)};
+    const int64_t offset = row_ * problem_.row_stride + begin;
+    Tile<Real> tile;
+    tile.count = count;
+    tile.element = problem_.element;
+    tile.stored = static_cast<const char*>(problem_.logits) + offset * element_size(tile.element);
+    tile.labels = labels_.tile(begin, count);
+    if (!as_stored_) decode_logits(tile);
+    return tile;
+  }
+
+  // For loops that take logits as numbers and labels as bytes.
+  void decode(Tile<Real>& tile) {
+    labels_.expand(tile.labels, tile.count);
+    decode_logits(tile);
   }
 
  private:
-  const Real* logits(int64_t begin, int count) {
-    const int64_t offset = row_ * problem_.row_stride + begin;
-    if (problem_.element == kElementOf<Real>) {
-      return static_cast<const Real*>(problem_.logits) + offset;
+  void decode_logits(Tile<Real>& tile) {
+    if (tile.element == kElementOf<Real>) {
+      tile.logits = static_cast<const Real*>(tile.stored);
+    } else {
+      load(tile.stored, tile.element, 0, 1, tile.count, logits_);
+      tile.logits = logits_;
     }
-    load(problem_.logits, problem_.element, offset, 1, count, logits_);
-    return logits_;
   }
 
   // Starts fetching the next columns: logits, and dense labels of more than a byte. For bytes this
   // is not worth the instructions but in the fastest loop, which does it on the way.
   void prefetch(int64_t begin, int64_t count) const {
-    prefetch_elements(problem_.logits, problem_.element, problem_.row_stride, begin, count);
+    if (!as_stored_) {
+      prefetch_elements(problem_.logits, problem_.element, problem_.row_stride, begin, count);
+    }
     const Labels& target = problem_.target;
     if (is_dense(target) && target.column_stride == 1 && element_size(target.element) > 1) {
       prefetch_elements(target.data, target.element, target.row_stride, begin, count);
@@ -70,6 +89,7 @@ class TileReader {
   }
 
   const Problem& problem_;
+  const bool as_stored_;
   int64_t row_ = 0;
   int64_t end_ = 0;
   LabelReader<Real> labels_;

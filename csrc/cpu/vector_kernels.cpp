@@ -1,0 +1,108 @@
+#include "cpu/vector_kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string_view>
+
+#include "cpu/isa.h"
+#include "math/scalar.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#ifndef __clang__  // GCC 12 warns of variables of its own header
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+#include <immintrin.h>
+#ifndef __clang__
+#pragma GCC diagnostic pop
+#endif
+#define MLLOSS_VECTORS 1
+#else
+#define MLLOSS_VECTORS 0
+#endif
+
+#if MLLOSS_VECTORS
+
+namespace mlloss::cpu {
+namespace {
+
+struct Half {
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147182f;  // off by 1.9e-9: at most 2.4e-7 of e^x for x >= -87
+// e^r for |r| <= ln(2) / 2: minimax polynomial, relative error 7.5e-8. From the highest power on.
+constexpr float kExponential[] = {8.297646e-3f,  4.191543e-2f, 1.6667575e-1f,
+                                  4.9998894e-1f, 9.999997e-1f, 1.0f};
+
+// Bytes from what is read to what is fetched: about as long as memory takes to answer.
+constexpr int kPrefetch = 8192;
+
+// The sum of log(1 + q).
+MLLOSS_CLONES double sum_of_logarithms(const float* q, int count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int i = 0; i < count; ++i) sum += log1p_nonnegative(q[i]);
+  return static_cast<double>(sum);
+}
+
+}  // namespace
+}  // namespace mlloss::cpu
+
+#define MLLOSS_TARGET target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,popcnt")
+#define MLLOSS_VECTOR inline __attribute__((always_inline, MLLOSS_TARGET))
+namespace mlloss::cpu::avx512 {
+namespace {
+#include "cpu/vector_avx512.h"
+#include "cpu/vector_loops.h"
+}  // namespace
+}  // namespace mlloss::cpu::avx512
+#undef MLLOSS_TARGET
+
+#define MLLOSS_TARGET target("avx2,fma,f16c,popcnt")
+namespace mlloss::cpu::avx2 {
+namespace {
+#include "cpu/vector_avx2.h"
+#include "cpu/vector_loops.h"
+}  // namespace
+}  // namespace mlloss::cpu::avx2
+
+namespace mlloss::cpu {
+namespace {
+
+const VectorKernels* choose() {
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string_view limit = variable == nullptr ? "avx512" : variable;
+  __builtin_cpu_init();
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+  if (!has_avx2 || limit == "default") return nullptr;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has_avx512 && limit != "avx2" ? &avx512::kKernels : &avx2::kKernels;
+}
+
+}  // namespace
+
+const VectorKernels* vector_kernels() {
+  static const VectorKernels* const kernels = choose();
+  return kernels;
+}
+
+}  // namespace mlloss::cpu
+
+#else
+
+namespace mlloss::cpu {
+
+const VectorKernels* vector_kernels() { return nullptr; }
+
+}  // namespace mlloss::cpu
+
+#endif

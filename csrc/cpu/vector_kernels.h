@@ -1,0 +1,39 @@
+// The hottest loops, written with the instructions of AVX-512 and of AVX2: those of losses that are
+// softplus(z) per element, and the sums and gradients of row-wise losses, for fp32, bf16 and fp16
+// logits. What they do not take, and every other CPU, goes through the loops of pointwise.h and
+// rowwise.h, which are the specification of these.
+#pragma once
+#include "cpu/tiles.h"
+#include "math/multilabel_categorical_crossentropy.h"
+
+namespace mlloss::cpu {
+
+// They read `stored` and `element` of a tile rather than its `logits`, and write gradients of that
+// element type. `stream`: past the caches, for outputs that do not fit into them anyway.
+struct VectorKernels {
+  // The sum of softplus over a tile without weights.
+  double (*softplus_sum)(const Tile<float>& tile);
+  void (*softplus_gradients)(const Tile<float>& tile, float scale, bool stream, void* gradients);
+  // For hard targets. Return false, with nothing written, if infinite logits need the other loops.
+  bool (*exponential_sums)(const Tile<float>& tile, RowSums<double>* sums);
+  bool (*exponential_gradients)(const Tile<float>& tile, const RowStatistics<float>& statistics,
+                                float scale, bool stream, void* gradients);
+  // How many elements of a masked tile are observed.
+  int64_t (*count_observed)(const Tile<float>& tile);
+  // Makes what was streamed visible to other threads; to be called by the thread that wrote it.
+  void (*fence)();
+};
+
+// Those of this CPU, or nullptr. The environment variable ATEN_CPU_CAPABILITY (default, avx2 or
+// avx512), with which torch's own kernels are limited to an instruction set, limits these too.
+const VectorKernels* vector_kernels();
+
+// Outputs of at least as many bytes are streamed: more than the caches of one socket usually hold.
+constexpr int64_t kStreamedBytes = int64_t(1) << 26;
+
+// Whether to stream the gradient of a problem.
+inline bool is_streamed(const Problem& problem) {
+  return problem.rows * problem.columns * element_size(problem.element) >= kStreamedBytes;
+}
+
+}  // namespace mlloss::cpu

@@ -1,0 +1,92 @@
+"""The CPU's vectorised loops, one instruction set at a time, against the fp64 loops.
+
+The fp64 loops share no code with the vectorised ones. ATEN_CPU_CAPABILITY is read once per process,
+so every instruction set gets a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import label_ids
+from torch import Tensor
+
+import mlloss_cuda
+from mlloss_cuda import PackedLabels, SparseLabels
+
+CAPABILITIES = ("default", "avx2", "avx512")  # where the CPU lacks one, the next lower one runs
+LOSSES = ("sigmoid_cross_entropy", "multilabel_categorical_crossentropy", "multilabel_ranking_loss")
+# Less than a vector, a group with and without a rest, and more than a tile.
+COLUMNS = (1, 7, 16, 33, 64, 131, 2048, 2048 + 77)
+ROWS = 5
+
+
+def targets_for(loss: str, dense: Tensor) -> dict[str, Tensor | PackedLabels | SparseLabels]:
+    targets = {
+        "bool": dense,
+        "packed": PackedLabels.pack(dense),
+        "sparse": SparseLabels.from_lists(label_ids(dense)),
+    }
+    if loss == "sigmoid_cross_entropy":
+        # A gradient of soft targets is a difference; here its sides do not cancel.
+        targets["soft"] = dense.double() * (1 - 2.0**-9)
+    return targets
+
+
+def evaluate(
+    loss: str, logits: Tensor, target: Tensor | PackedLabels | SparseLabels, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    logits = logits.detach().requires_grad_()
+    if isinstance(target, Tensor) and target.is_floating_point():
+        target = target.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    value = getattr(mlloss_cuda, loss)(logits, target, mask=mask)
+    (gradient,) = torch.autograd.grad(value, logits)
+    return value.double(), gradient.double()
+
+
+def check_everything() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for dtype, ulp in ((torch.float32, 0.0), (torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)):
+        # The smallest normal number: the gradients of fp16 are rounded to multiples below it.
+        tiny = torch.finfo(dtype).tiny
+        for columns in COLUMNS:
+            # Confident negatives down to the last that have a normal exponential, then beyond.
+            logits = torch.empty(ROWS, columns, dtype=torch.float64)
+            logits.uniform_(-90.0, 5.0, generator=generator)
+            logits[1] = logits[1] / 20
+            logits = logits.to(dtype)
+            dense = torch.rand(ROWS, columns, generator=generator) < 0.1
+            dense[2] = torch.rand(columns, generator=generator) < 0.5
+            dense[3] = False
+            observed = torch.rand(ROWS, columns, generator=generator) < 0.5
+            for loss in LOSSES:
+                for name, target in targets_for(loss, dense).items():
+                    for mask in (None, observed):
+                        case = f"{loss} {dtype} {columns} {name} masked={mask is not None}"
+                        value, gradient = evaluate(loss, logits, target, mask)
+                        expected, slope = evaluate(loss, logits.double(), target, mask)
+                        error = (value - expected).abs()
+                        assert error <= 2e-6 * expected.abs() + 1e-30, (case, value, expected)
+                        allowed = (1e-5 + ulp) * slope.abs() + tiny
+                        wrong = ~((gradient - slope).abs() <= allowed)
+                        assert not wrong.any(), (case, gradient[wrong], slope[wrong])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set(native: None, capability: str) -> None:
+    finished = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+if __name__ == "__main__":
+    check_everything()
