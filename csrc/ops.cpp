@@ -58,4 +58,26 @@ STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
   };
   define_rowwise("multilabel_categorical_crossentropy", true);
   define_rowwise("multilabel_ranking_loss", false);
+
+  // The same losses of dense or packed targets and nothing else (cpu/plain.cpp).
+  const std::string labels = "Tensor input, Tensor target, int target_format, ";
+  const auto define_plain_pointwise = [&](const std::string& name, const std::string& numbers) {
+    const std::string arguments = labels + numbers + "int reduction, ";
+    define(name + "_plain_out(" + arguments + "Tensor(a!) loss) -> ()");
+    define(name + "_plain_backward_out(Tensor grad_output, " + arguments +
+           "Tensor(a!) grad_input) -> ()");
+  };
+  define_plain_pointwise("sigmoid_cross_entropy", "");
+  define_plain_pointwise("binary_cross_entropy", "float eps, ");
+  define_plain_pointwise("sigmoid_focal_loss",
+                         "float positive_alpha, float negative_alpha, float uniform_gamma, ");
+  define_plain_pointwise("asymmetric_loss",
+                         "float gamma_neg, float gamma_pos, float clip, float detach_focal, ");
+  for (const std::string name :
+       {"multilabel_categorical_crossentropy", "multilabel_ranking_loss"}) {
+    const std::string arguments = labels + "int reduction, ";
+    define(name + "_plain_out(" + arguments + "Tensor(a!) loss, Tensor(b!)? statistics) -> ()");
+    define(name + "_plain_backward_out(Tensor grad_output, Tensor statistics, " + arguments +
+           "Tensor(a!) grad_input) -> ()");
+  }
 }

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import build_information
-from .targets import OBSERVED, PLAIN_TENSORS, SPARSE, Labels, check_indices
+from .targets import FLOATING_DTYPES, OBSERVED, PLAIN_TENSORS, SPARSE, Labels, check_indices
 
 # Values of the `reduction` arguments of the operators; csrc/problem.h has the same numbers.
 REDUCTION_CODES = {
@@ -36,6 +36,8 @@ REDUCTION_CODES = {
 }
 _NORMALIZER_CODE = 6
 
+# The namespace of the library's own operators, None if there is no library.
+native_library: Any = None
 # Per device type, the namespace that holds the `_out` kernels.
 _kernels: dict[str, Any] = {}
 # Per GPU, whether they run on it.
@@ -73,6 +75,16 @@ def _gpu_is_served(index: int) -> bool:
     return _served_gpus[index]
 
 
+def serves_cpu() -> bool:
+    """Whether CPU tensors are served by the native library, and by no stand-in for it."""
+    return native_library is not None and _kernels.get("cpu") is native_library
+
+
+def transform_is_on() -> bool:
+    """Whether tensors may be those of a transform of functions, or carry tangents."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or _forward_mode_is_on()
+
+
 def check_contents(target: Labels, mask: Labels | None, logits: Tensor) -> None:
     """Raise ``ValueError`` for indices out of range, where contents may be looked at."""
     for name, labels in (("target", target), ("mask", mask)):
@@ -85,16 +97,17 @@ def check_contents(target: Labels, mask: Labels | None, logits: Tensor) -> None:
 # target_values, target_format, mask, mask_offsets, mask_format, ignore_index.
 _LABEL_ARGUMENTS = 8
 
-# Results of a single number are allocated like these: on the CPU the cheapest way (0.65 us; what
-# takes a shape and a dtype is 1.0 us).
-_SINGLE_NUMBERS = {
-    dtype: torch.empty((), dtype=dtype, device="cpu") for dtype in (torch.float32, torch.float64)
+# Results of a single number, by the dtype of the logits, are allocated like these: on the CPU the
+# cheapest way (0.65 us; what takes a shape and a dtype is 1.0 us).
+single_number_like = {
+    dtype: torch.empty((), dtype=torch.promote_types(dtype, torch.float32), device="cpu")
+    for dtype in FLOATING_DTYPES
 }
 
 
 def _single_number(like: Tensor, dtype: torch.dtype) -> Tensor:
     if like.is_cpu and type(like) in PLAIN_TENSORS:
-        return torch.empty_like(_SINGLE_NUMBERS[dtype])
+        return torch.empty_like(single_number_like[dtype])
     return like.new_empty((), dtype=dtype)
 
 
@@ -327,8 +340,8 @@ def _register(loss: _Loss) -> None:
     torch.library.register_fake(f"{name}_backward", fake_backward, lib=_library)
     torch.library.register_autograd(name, differentiate, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(f"{name}_backward", refuse, lib=_library)
-    for kernel in (f"{name}_out", f"{name}_backward_out"):
-        torch.library.register_fake(kernel, lambda *_: None, lib=_library)
+    for kernel in ("out", "backward_out", "plain_out", "plain_backward_out"):
+        torch.library.register_fake(f"{name}_{kernel}", lambda *_: None, lib=_library)
 
 
 def _flat(target: Labels, mask: Labels | None) -> tuple[Any, ...]:
@@ -341,7 +354,7 @@ def _reduction_code(reduction: str, normalizer: Tensor | None) -> int:
     return REDUCTION_CODES[reduction] if normalizer is None else _NORMALIZER_CODE
 
 
-_LOSSES = {
+LOSSES = {
     loss.name: loss
     for loss in (
         _Loss("sigmoid_cross_entropy", tensors=1),
@@ -379,7 +392,7 @@ def _pointwise(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
-    return _LOSSES[name](input, arguments, differentiable=input.requires_grad)
+    return LOSSES[name](input, arguments, differentiable=input.requires_grad)
 
 
 def sigmoid_cross_entropy(
@@ -468,7 +481,7 @@ def multilabel_categorical_crossentropy(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
-    return _LOSSES["multilabel_categorical_crossentropy"](
+    return LOSSES["multilabel_categorical_crossentropy"](
         input, arguments, differentiable=input.requires_grad or threshold.requires_grad
     )
 
@@ -491,21 +504,22 @@ def multilabel_ranking_loss(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
-    return _LOSSES["multilabel_ranking_loss"](input, arguments, differentiable=input.requires_grad)
+    return LOSSES["multilabel_ranking_loss"](input, arguments, differentiable=input.requires_grad)
 
 
 def _load() -> None:
     """Load the native library, if there is one, and decide which devices it serves."""
+    global native_library
     if not build_information.load_native():
         return
-    namespace = torch.ops.mlloss_cuda
-    _kernels["cpu"] = namespace
+    native_library = torch.ops.mlloss_cuda
+    _kernels["cpu"] = native_library
     if build_information.cuda_usable():
-        _kernels["cuda"] = namespace
+        _kernels["cuda"] = native_library
 
 
 _load()
 if _kernels:
     _library = torch.library.Library("mlloss_cuda", "IMPL")
-    for _loss in _LOSSES.values():
+    for _loss in LOSSES.values():
         _register(_loss)

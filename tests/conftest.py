@@ -30,7 +30,7 @@ THREAD_ORDERS = ("ascending", "descending", "shuffled")
 def _number_of_outputs(kernel: str) -> int:
     """How many of a kernel's arguments, the last ones, are outputs."""
     backward = kernel.endswith("_backward_out")
-    loss = ops._LOSSES[kernel.removesuffix("_backward_out" if backward else "_out")]
+    loss = ops.LOSSES[kernel.removesuffix("_backward_out" if backward else "_out")]
     if backward:
         return 2 if loss.has_threshold else 1  # gradients
     return 3 if loss.rowwise else 2  # loss, statistics, scale
