@@ -80,4 +80,7 @@ STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
     define(name + "_plain_backward_out(Tensor grad_output, Tensor statistics, " + arguments +
            "Tensor(a!) grad_input) -> ()");
   }
+
+  // Whether ids are below `num_labels` and offsets rise from 0 to their number (cpu/check.cpp).
+  define("label_ids_fit(Tensor indices, Tensor offsets, int num_labels) -> bool");
 }

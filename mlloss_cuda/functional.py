@@ -145,9 +145,9 @@ def binary_cross_entropy(  # noqa: D417 (documented once, where the docstring sa
     >>> round(mlloss_cuda.binary_cross_entropy(probs, target, eps=1e-7).item(), 5)
     5.4822
     """
-    if (
-        mask is weight is pos_weight is eps is ignore_index is normalizer is None
-    ) and is_zero(label_smoothing):
+    if (mask is weight is pos_weight is eps is ignore_index is normalizer is None) and is_zero(
+        label_smoothing
+    ):
         short = plain.binary_cross_entropy(probs, target, reduction, 0.0)
         if short is not None:
             return short

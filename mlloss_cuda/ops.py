@@ -289,9 +289,23 @@ def _check_listed(arguments: tuple[Any, ...], num_labels: int) -> None:
     """Raise ``ValueError`` for bad label ids of sparse labels, where they may be looked at."""
     target, target_offsets, _, target_format, mask, mask_offsets, mask_format = arguments[:7]
     if target_format in (SPARSE, OBSERVED):
-        check_indices(target, target_offsets, num_labels, "target")
+        _check_indices(target, target_offsets, num_labels, "target")
     if mask_format == SPARSE:
-        check_indices(mask, mask_offsets, num_labels, "mask")
+        _check_indices(mask, mask_offsets, num_labels, "mask")
+
+
+def _check_indices(indices: Tensor, offsets: Tensor, num_labels: int, name: str) -> None:
+    # Where nothing is wrong, one operator says so (1.5 us); torch's own ones take 11 us.
+    if not (
+        native_library is not None
+        and indices.is_cpu
+        and type(indices) is type(offsets) is Tensor
+        and indices.dtype is offsets.dtype
+        and indices.is_contiguous()
+        and offsets.is_contiguous()
+        and native_library.label_ids_fit(indices, offsets, num_labels)
+    ):
+        check_indices(indices, offsets, num_labels, name)
 
 
 def _register(loss: _Loss) -> None:
