@@ -1,17 +1,24 @@
 """What a call costs when there is nothing to compute: microseconds for 8 elements.
 
-    python bench/dispatch.py
+    taskset -c 0 python bench/dispatch.py
+    taskset -c 0 python bench/dispatch.py --check    exit status 1 where a bound does not hold
     python bench/dispatch.py --device cuda     (written for it, but not run on a GPU yet)
 
 The functions take turns; each sample is the mean of a run of calls, the median of the samples
-counts. Forward is without gradients; forward + backward includes freeing the gradient.
+counts. Behind each is its ratio to F.binary_cross_entropy_with_logits: the median of the ratios of
+the rounds, since what else the machine does changes slowly against a round. Forward is under
+torch.no_grad(); forward + backward includes freeing the gradient.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import math
+import operator
+import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -34,6 +41,13 @@ from mlloss_cuda import (
 ROWS, LABELS = 2, 4
 WARM_UP_CALLS = 200
 
+YARDSTICK = "F.binary_cross_entropy_with_logits"
+# What --check demands: time in relation to the yardstick, forward and forward + backward.
+BOUNDS = {
+    "sigmoid_cross_entropy, bool": (1.0, 1.5),
+    "sigmoid_cross_entropy, float": (1.0, 1.5),
+}
+
 
 def make_calls(device: str) -> dict[str, tuple[Callable[[], None], Callable[[], None]]]:
     """Forward, and forward with backward, of every function."""
@@ -48,11 +62,10 @@ def make_calls(device: str) -> dict[str, tuple[Callable[[], None], Callable[[], 
         [[0, 2], [1, 3]], values=[[1, 0], [1, 0]], observed_only=True, device=device
     )
     losses: dict[str, Callable[[], Tensor]] = {
-        "F.binary_cross_entropy_with_logits": lambda: F.binary_cross_entropy_with_logits(
-            logits, numbers
-        ),
+        YARDSTICK: lambda: F.binary_cross_entropy_with_logits(logits, numbers),
         "F.binary_cross_entropy": lambda: F.binary_cross_entropy(probs, numbers),
         "sigmoid_cross_entropy, bool": lambda: sigmoid_cross_entropy(logits, target),
+        "sigmoid_cross_entropy, float": lambda: sigmoid_cross_entropy(logits, numbers),
         "sigmoid_cross_entropy, packed": lambda: sigmoid_cross_entropy(logits, packed),
         "sigmoid_cross_entropy, sparse": lambda: sigmoid_cross_entropy(logits, sparse),
         "sigmoid_cross_entropy, sparse mask": lambda: sigmoid_cross_entropy(
@@ -101,6 +114,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--samples", type=int, default=300, help="rounds (default 300)")
     parser.add_argument("--calls", type=int, default=20, help="calls per sample (default 20)")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bound does not hold")
     given = parser.parse_args()
     torch.set_num_threads(1)
     functions = make_calls(given.device)
@@ -110,10 +124,17 @@ def main() -> None:
             microseconds(call, WARM_UP_CALLS, given.device)
     gc.collect()
     gc.disable()
+    turns = [
+        (call, raw)
+        for name, calls in functions.items()
+        for call, raw in zip(calls, samples[name], strict=True)
+    ]
+    # In a new order every time: who comes first, or behind the longest, is slower than otherwise.
+    order = random.Random(0)
     for _ in range(given.samples):
-        for name, calls in functions.items():
-            for call, raw in zip(calls, samples[name], strict=True):
-                raw.append(microseconds(call, given.calls, given.device))
+        order.shuffle(turns)
+        for call, raw in turns:
+            raw.append(microseconds(call, given.calls, given.device))
     gc.enable()
 
     machine = report.describe_machine(given.device)
@@ -122,13 +143,22 @@ def main() -> None:
         f"{machine['load_average']}; {ROWS * LABELS} elements, microseconds per call: "
         "median (lower - upper quartile)"
     )
-    print(f"{'':36}{'forward':>22}{'forward + backward':>26}")
+    print(f"{'':36}{'forward':>28}{'forward + backward':>34}")
+    failures = []
     for name, columns in samples.items():
         cells = ""
-        for raw in columns:
+        for column, raw in enumerate(columns):
             low, median, high = statistics.quantiles(raw, n=4)
-            cells += f"{median:10.1f} ({low:.1f} - {high:.1f})".rjust(24)
+            ratio = statistics.median(map(operator.truediv, raw, samples[YARDSTICK][column]))
+            cells += f"{median:10.1f} ({low:.1f} - {high:.1f}) {ratio:6.2f} x".rjust(32)
+            bound = BOUNDS.get(name, (math.inf, math.inf))[column]
+            if ratio > bound:
+                kind = ("forward", "forward + backward")[column]
+                failures.append(f"{name}, {kind}: {ratio:.2f} x, not {bound:.1f} x")
         print(f"{name:36}{cells}")
+    if given.check:
+        print("\n".join(failures) or "all bounds hold")
+        sys.exit(1 if failures else 0)
 
 
 if __name__ == "__main__":

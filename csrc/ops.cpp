@@ -73,4 +73,29 @@ STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
   // Multiplies a gradient that an operator above has written by grad_output / grad_scale; where
   // that is 1, it neither reads nor writes the gradient.
   define("rescale_(Tensor(a!) gradient, Tensor grad_output, Tensor? grad_scale) -> ()");
+
+  // The same losses of dense or packed targets and nothing else (cpu/plain.cpp).
+  const std::string labels = "Tensor input, Tensor target, int target_format, ";
+  const auto define_plain_pointwise = [&](const std::string& name, const std::string& numbers) {
+    const std::string arguments = labels + numbers + "int reduction, ";
+    define(name + "_plain_out(" + arguments + "Tensor(a!) loss) -> ()");
+    define(name + "_plain_backward_out(Tensor grad_output, " + arguments +
+           "Tensor(a!) grad_input) -> ()");
+  };
+  define_plain_pointwise("sigmoid_cross_entropy", "");
+  define_plain_pointwise("binary_cross_entropy", "float eps, ");
+  define_plain_pointwise("sigmoid_focal_loss",
+                         "float positive_alpha, float negative_alpha, float uniform_gamma, ");
+  define_plain_pointwise("asymmetric_loss",
+                         "float gamma_neg, float gamma_pos, float clip, float detach_focal, ");
+  for (const std::string name :
+       {"multilabel_categorical_crossentropy", "multilabel_ranking_loss"}) {
+    const std::string arguments = labels + "int reduction, ";
+    define(name + "_plain_out(" + arguments + "Tensor(a!) loss, Tensor(b!)? statistics) -> ()");
+    define(name + "_plain_backward_out(Tensor grad_output, Tensor statistics, " + arguments +
+           "Tensor(a!) grad_input) -> ()");
+  }
+
+  // Whether ids are below `num_labels` and offsets rise from 0 to their number (cpu/check.cpp).
+  define("label_ids_fit(Tensor indices, Tensor offsets, int num_labels) -> bool");
 }

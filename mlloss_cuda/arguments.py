@@ -94,7 +94,8 @@ def as_rows(input: Tensor) -> Tensor:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    # First what it nearly always is: isinstance with an abstract class is slow.
+    return type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
 
 
 def flag(value: bool, name: str) -> bool:
@@ -275,7 +276,8 @@ def row_threshold(threshold: Tensor | float, input: Tensor) -> Tensor:
             )
         if not abs(threshold) <= torch.finfo(dtype).max:
             raise ValueError(f"threshold must be finite in {dtype}, got {threshold}")
-        threshold = torch.full((), float(threshold), dtype=dtype, device=input.device)
+        rows = math.prod(input.shape[:-1])
+        return torch.full((rows,), float(threshold), dtype=dtype, device=input.device)
     check_strided(threshold, "threshold")
     if threshold.dtype not in FLOATING_DTYPES:
         raise TypeError(f"threshold must be floating point, got {threshold.dtype}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
 
-from . import arguments, inplace, ops, reference, targets
+from . import arguments, inplace, ops, plain, reference, targets
 from .inplace import Overwriting
+from .plain import is_one, is_zero
 from .targets import Labels, LabelsLike, normalize_mask, normalize_target
 
 
@@ -96,6 +98,15 @@ def sigmoid_cross_entropy(
     >>> loss = mlloss_cuda.sigmoid_cross_entropy(logits, labels, inplace_backward=True)
     >>> loss.backward()
     """
+    if (
+        inplace_backward is False
+        and is_one(grad_scale)
+        and mask is weight is pos_weight is ignore_index is normalizer is None
+        and is_zero(label_smoothing)
+    ):
+        short = plain.sigmoid_cross_entropy(input, target, reduction)
+        if short is not None:
+            return short
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -163,6 +174,15 @@ def binary_cross_entropy(  # noqa: D417 (documented once, where the docstring sa
     >>> round(mlloss_cuda.binary_cross_entropy(probs, target, eps=1e-7).item(), 5)
     5.4822
     """
+    if (
+        inplace_backward is False
+        and is_one(grad_scale)
+        and (mask is weight is pos_weight is eps is ignore_index is normalizer is None)
+        and is_zero(label_smoothing)
+    ):
+        short = plain.binary_cross_entropy(probs, target, reduction, 0.0)
+        if short is not None:
+            return short
     arguments.check_input(probs, "probs", "probabilities")
     target_labels = normalize_target(target, probs, ignore_index)
     mask_labels = normalize_mask(mask, probs)
@@ -236,6 +256,18 @@ def sigmoid_focal_loss(  # noqa: D417 (documented once, where the docstring says
     >>> round(mlloss_cuda.sigmoid_focal_loss(logits, labels, reduction="sum").item(), 6)
     0.300503
     """
+    if (
+        mask is weight is pos_weight is ignore_index is normalizer is None
+        and is_zero(label_smoothing)
+        and inplace_backward is False
+        and is_one(grad_scale)
+        and type(alpha) is type(gamma) is float
+        and 0 <= alpha <= 1
+        and 0 <= gamma < math.inf
+    ):
+        short = plain.sigmoid_focal_loss(input, target, reduction, alpha, 1.0 - alpha, gamma)
+        if short is not None:
+            return short
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -311,6 +343,20 @@ def asymmetric_loss(  # noqa: D417 (documented once, where the docstring says)
     >>> mlloss_cuda.asymmetric_loss(logits, labels, reduction="none")
     tensor([[0.0151, 0.0000, 0.0913]])
     """
+    if (
+        mask is weight is ignore_index is normalizer is None
+        and is_zero(label_smoothing)
+        and inplace_backward is False
+        and is_one(grad_scale)
+        and type(gamma_neg) is type(gamma_pos) is type(clip) is float
+        and 0 <= gamma_neg < math.inf
+        and 0 <= gamma_pos < math.inf
+        and 0 <= clip < 1
+        and detach_focal is False
+    ):
+        short = plain.asymmetric_loss(input, target, reduction, gamma_neg, gamma_pos, clip, 0.0)
+        if short is not None:
+            return short
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -390,6 +436,15 @@ def multilabel_categorical_crossentropy(
     >>> round(mlloss_cuda.multilabel_categorical_crossentropy(logits, labels).item(), 6)
     0.033135
     """
+    if (
+        inplace_backward is False
+        and is_one(grad_scale)
+        and mask is weight is ignore_index is normalizer is None
+        and is_zero(threshold)
+    ):
+        short = plain.multilabel_categorical_crossentropy(input, target, reduction)
+        if short is not None:
+            return short
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -454,6 +509,14 @@ def multilabel_ranking_loss(  # noqa: D417 (documented once, where the docstring
     >>> round(mlloss_cuda.multilabel_ranking_loss(logits, labels).item(), 6)
     0.349012
     """
+    if (
+        inplace_backward is False
+        and is_one(grad_scale)
+        and mask is weight is ignore_index is normalizer is None
+    ):
+        short = plain.multilabel_ranking_loss(input, target, reduction)
+        if short is not None:
+            return short
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)

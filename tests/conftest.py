@@ -32,7 +32,7 @@ def _number_of_outputs(kernel: str) -> int:
     if kernel == "rescale_":
         return 0  # its only output is an input
     kind = next(kind for kind in ("_inplace_out", "_backward_out", "_out") if kernel.endswith(kind))
-    loss = ops._LOSSES[kernel.removesuffix(kind)]
+    loss = ops.LOSSES[kernel.removesuffix(kind)]
     if kind == "_backward_out":
         return 2 if loss.has_threshold else 1  # gradients
     results = 3 if loss.rowwise else 2  # loss, statistics, scale

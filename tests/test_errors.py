@@ -500,14 +500,14 @@ def refuse(*_: Any) -> Any:
     ],
 )
 def test_bad_call(
-    monkeypatch: pytest.MonkeyPatch,
     loss: Loss,
     name: str,
     arguments: dict[str, Any],
     error: type[Exception],
     message: str,
 ) -> None:
-    with use_backend(name):
+    # What is patched within must be undone within, or it brings the backend back.
+    with use_backend(name), pytest.MonkeyPatch.context() as monkeypatch:
         for kernels in list(ops._kernels):
             monkeypatch.setitem(ops._kernels, kernels, _Refusing())
         for function in ("dense_target", "used_elements", "reduce_loss"):

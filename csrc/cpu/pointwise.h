@@ -633,7 +633,9 @@ double count_beforehand(PointwiseProblem problem) {
         labels.start_row(row, piece.column_begin, piece.column_end);
         for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
           const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          const Tile<Real> tile{count, nullptr, labels.tile(begin, count)};
+          Tile<Real> tile;
+          tile.count = count;
+          tile.labels = labels.tile(begin, count);
           if (!tile.labels.empty) add(constants.attach(tile, row, begin));
         }
       }

@@ -140,7 +140,8 @@ class LabelTiles {
         problem_.target.format == Format::kSparse || problem_.mask.format == Format::kSparse;
     if (!mask_is_valid_ || !is_sparse) return;
     const bool has_values = kSoft && problem_.target.values != nullptr;
-    if (window_begin_ >= 0 && begin < window_begin_ + (has_values ? kTileWidth : kBitmapWindow)) return;
+    if (window_begin_ >= 0 && begin < window_begin_ + (has_values ? kTileWidth : kBitmapWindow))
+      return;
     window_begin_ = begin;
     __syncthreads();  // the previous window has been read
     for (int i = threadIdx.x; i < kBitmapWords; i += kThreads) {

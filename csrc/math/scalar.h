@@ -103,8 +103,9 @@ MLLOSS_MATH float log_of_sum(float u, float lost) {
 // e^x for x <= 0 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
 MLLOSS_MATH float exp_nonpositive(float x) {
 #if MLLOSS_DEVICE_MATH
-  // 2^t, t = x log2(e) rounded: what rounding has changed, up to 2^-24 |t|, is a relative error that
-  // sums of confident negatives would keep, and is mended. The bound keeps infinity out of that.
+  // 2^t, t = x log2(e) rounded: what rounding has changed, up to 2^-24 |t|, is a relative error
+  // that sums of confident negatives would keep, and is mended. The bound keeps infinity out of
+  // that.
   const float bounded = larger_or_nan(x, -126.0f);
   const float t = bounded * 1.44269504f;
   const float power = exp2_approx(t);
