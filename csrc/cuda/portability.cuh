@@ -31,7 +31,7 @@
   static constinit ::mlloss::emulation::SharedArrayTag name##_tag{}; \
   auto& name = ::mlloss::emulation::shared_array<type, (count)>(name##_tag)
 
-#define MLLOSS_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)                           \
+#define MLLOSS_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...) \
   ::mlloss::emulation::launch_shared(#kernel, kernel, grid, block, bytes, stream, __VA_ARGS__)
 
 #define MLLOSS_DYNAMIC_SHARED_ARRAY(type, name) \
@@ -48,16 +48,16 @@
 
 #define MLLOSS_SHARED_ARRAY(type, name, count) __shared__ type name[count]
 
-#define MLLOSS_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)                \
-  ([&] {                                                                             \
-    const cudaError_t error = ::mlloss::allow_dynamic_shared_memory(kernel, bytes);  \
-    if (error != cudaSuccess) return error;                                          \
-    kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__);                             \
-    return cudaGetLastError();                                                       \
+#define MLLOSS_LAUNCH_SHARED(kernel, grid, block, bytes, stream, ...)               \
+  ([&] {                                                                            \
+    const cudaError_t error = ::mlloss::allow_dynamic_shared_memory(kernel, bytes); \
+    if (error != cudaSuccess) return error;                                         \
+    kernel<<<grid, block, bytes, stream>>>(__VA_ARGS__);                            \
+    return cudaGetLastError();                                                      \
   }())
 
-#define MLLOSS_DYNAMIC_SHARED_ARRAY(type, name)                 \
-  extern __shared__ uint4 mlloss_dynamic_shared_memory[];       \
+#define MLLOSS_DYNAMIC_SHARED_ARRAY(type, name)           \
+  extern __shared__ uint4 mlloss_dynamic_shared_memory[]; \
   type* const name = reinterpret_cast<type*>(mlloss_dynamic_shared_memory)
 
 #endif

@@ -349,8 +349,8 @@ class RowWindow {
       }
     } else {
       for_each([&](int place) {
-        const auto* data = static_cast<const uint8_t*>(labels.data) + window.offset +
-                           place * labels.column_stride;
+        const auto* data =
+            static_cast<const uint8_t*>(labels.data) + window.offset + place * labels.column_stride;
         if constexpr (kCount >= 4) {
           // Aligned words reach up to three bytes beyond the vector.
           if (labels.column_stride == 1 && place >= first_ + 3 && place + kCount + 3 <= last_) {
@@ -428,9 +428,9 @@ class RowWindow {
   const Scalar* window_logits_ = nullptr;  // the window
   BitsOfWindow target_bits_, mask_bits_;
   int64_t row_ = 0;
-  int64_t begin_ = 0;       // of the window, a position
-  int64_t column_ = 0;      // of that position
-  int shift_ = 0;           // position = column + shift
+  int64_t begin_ = 0;         // of the window, a position
+  int64_t column_ = 0;        // of that position
+  int shift_ = 0;             // position = column + shift
   int first_ = 0, last_ = 0;  // the part of the window that lies in the row
   bool exists_ = true;
   bool is_valid_ = true;

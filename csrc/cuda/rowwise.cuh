@@ -12,8 +12,8 @@
 // 0, float 4): forward s + t + u, backward and one pass 2 s + t + u. Expected limit: memory. Not
 // measured on a GPU yet.
 //
-// How rows are split depends on shapes alone, and losses of rows are added up in a fixed order. Only
-// the way that the one pass takes depends on the GPU, through its shared memory.
+// How rows are split depends on shapes alone, and losses of rows are added up in a fixed order.
+// Only the way that the one pass takes depends on the GPU, through its shared memory.
 #pragma once
 #include <cstdint>
 #include <limits>
@@ -46,8 +46,8 @@ __device__ __forceinline__ double larger(double a, double b) { return fmax(a, b)
 __device__ __forceinline__ float smaller(float a, float b) { return fminf(a, b); }
 __device__ __forceinline__ double smaller(double a, double b) { return fmin(a, b); }
 
-// e^x for x <= 0. Rounding x log2(e) makes a relative error of 2^-24 |x|: little where a term counts
-// among others, of which one is e^0.
+// e^x for x <= 0. Rounding x log2(e) makes a relative error of 2^-24 |x|: little where a term
+// counts among others, of which one is e^0.
 __device__ __forceinline__ float exp_of_term(float x) { return exp2_approx(x * 1.44269504f); }
 __device__ __forceinline__ double exp_of_term(double x) { return exp_nonpositive(x); }
 
@@ -65,8 +65,8 @@ __device__ __forceinline__ Real sum_of(const Real (&values)[kCount]) {
   return sums[0];
 }
 
-// Lets a sum be relative to the largest of a vector's values as well; returns what they are relative
-// to. -inf stands for no value.
+// Lets a sum be relative to the largest of a vector's values as well; returns what they are
+// relative to. -inf stands for no value.
 template <class Real, int kCount>
 __device__ __forceinline__ Real raise(ScaledSum<Real>& sum, const Real (&values)[kCount]) {
   Real largest = sum.largest;
@@ -206,8 +206,8 @@ struct RowResults {
                                                         const RowSums<Real>& sums,
                                                         bool writes) const {
     RowStatistics<Real> result;
-    const Real loss = Loss::finish(sums.positive, sums.negative, row_threshold<Real>(problem, row),
-                                   &result);
+    const Real loss =
+        Loss::finish(sums.positive, sums.negative, row_threshold<Real>(problem, row), &result);
     if (writes) {
       const double weight = row_weight<double>(problem, row);
       const double own = weight == 0 ? 0 : weight * static_cast<double>(loss);
@@ -223,7 +223,7 @@ struct RowResults {
 template <class Scalar>
 struct GradientPass {
   using Real = typename Arithmetic<Scalar>::Real;
-  Scalar* gradient;     // [N, C], nullptr: no gradient is wanted
+  Scalar* gradient;  // [N, C], nullptr: no gradient is wanted
   int64_t row_stride;
   Real* threshold;      // [N]
   Strided grad_output;  // no data: 1
@@ -233,10 +233,10 @@ struct GradientPass {
 
   __device__ __forceinline__ double upstream(const RowwiseProblem& problem, int64_t row) const {
     const double factor =
-        scale != nullptr ? *scale
-                         : scale_of(denominator_of(problem.reduction,
-                                                   static_cast<double>(problem.rows), problem.batch,
-                                                   problem.normalizer));
+        scale != nullptr
+            ? *scale
+            : scale_of(denominator_of(problem.reduction, static_cast<double>(problem.rows),
+                                      problem.batch, problem.normalizer));
     if (grad_output.data == nullptr) return factor;
     return factor *
            load_one<double>(grad_output.data, grad_output.element, row * grad_output.row_stride);
@@ -286,8 +286,7 @@ struct RowGradient {
   }
   // Selected: an infinite logit may meet a factor of 0.
   __device__ __forceinline__ Real at_soft(Real x, Real y) const {
-    return (y == 0 ? Real(0) : y * at_positive(x)) +
-           (y == 1 ? Real(0) : (1 - y) * at_negative(x));
+    return (y == 0 ? Real(0) : y * at_positive(x)) + (y == 1 ? Real(0) : (1 - y) * at_negative(x));
   }
 
   template <bool kSoft, int kCount>
@@ -394,8 +393,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       const int vector = lane + k * width;
       if (vector >= vectors) continue;
       if constexpr (kSoft) labels[0] = window.template labels<false>(vector);
-      window.template store<false>(
-          vector, own.template of<kSoft>(logits[k], labels[kSoft ? 0 : k]), pass.row(row));
+      window.template store<false>(vector, own.template of<kSoft>(logits[k], labels[kSoft ? 0 : k]),
+                                   pass.row(row));
     }
   }
 }
@@ -449,8 +448,7 @@ __device__ __forceinline__ void for_each_vector(const Window& window, int rank, 
 // Adds the vectors of a window to the sums of its row. `staged`: also keeps the logits there.
 template <bool kSoft, class Window>
 __device__ __forceinline__ void add_window(const Window& window, int rank, int width,
-                                           RowSums<typename Window::Real>& sums,
-                                           uint32_t& observed,
+                                           RowSums<typename Window::Real>& sums, uint32_t& observed,
                                            typename Window::Logits* staged = nullptr) {
   for_each_vector<kSoft>(window, rank, width, nullptr,
                          [&](auto, int vector, const auto& logits, const auto& labels) {
@@ -473,9 +471,9 @@ __device__ __forceinline__ void write_window(const Window& window, int rank, int
 }
 
 // Shared memory of a block's window.
-#define MLLOSS_SHARED_WINDOW(Window, kSoft)                            \
-  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kWindow<kSoft> / 32);   \
-  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kWindow<kSoft> / 32);     \
+#define MLLOSS_SHARED_WINDOW(Window, kSoft)                          \
+  MLLOSS_SHARED_ARRAY(unsigned, target_bitmap, kWindow<kSoft> / 32); \
+  MLLOSS_SHARED_ARRAY(unsigned, mask_bitmap, kWindow<kSoft> / 32);   \
   MLLOSS_SHARED_ARRAY(typename Window::Bits, values, (kSoft ? kWindow<kSoft> : 1))
 
 // The sums of each unit, one per segment of a row, of the rows from `first_row` on.
@@ -511,7 +509,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
 template <class Loss, class Real>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Real>)
     rowwise_finish(const RowwiseProblem problem, const int64_t first_row, const int64_t rows,
-                   const int64_t segments, const RowSums<Real>* __restrict__ sums,  // [rows, segments]
+                   const int64_t segments,
+                   const RowSums<Real>* __restrict__ sums,  // [rows, segments]
                    const RowResults<Real> results) {
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < rows;
        i += int64_t(gridDim.x) * kThreads) {
@@ -526,10 +525,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Real>)
 
 // The gradients of the rows from `first_row` on.
 template <class Loss, class Scalar, bool kSoft>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
-    rowwise_gradient(const RowwiseProblem problem, const Units units, const int64_t first_row,
-                     const RowStatistics<typename Arithmetic<Scalar>::Real>* __restrict__ statistics,
-                     const GradientPass<Scalar> pass) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>) rowwise_gradient(
+    const RowwiseProblem problem, const Units units, const int64_t first_row,
+    const RowStatistics<typename Arithmetic<Scalar>::Real>* __restrict__ statistics,
+    const GradientPass<Scalar> pass) {
   using Window = RowWindow<Scalar, kSoft, BlockGroup>;
   MLLOSS_SHARED_WINDOW(Window, kSoft);
 
@@ -641,7 +640,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
     for (int64_t i = entries.first() + threadIdx.x; i < entries.last(); i += kThreads) {
       if (!entries.counts(i)) continue;
       const int64_t column = entries.column(i);
-      const Real value = own.scale == 0 ? Real(0) : own.at_soft(entries.logit(column), entries.target(i));
+      const Real value =
+          own.scale == 0 ? Real(0) : own.at_soft(entries.logit(column), entries.target(i));
       from_real(value, gradient + column);
     }
     for (int64_t begin = 0; begin < problem.columns; begin += kWindow<false>) {
@@ -713,8 +713,8 @@ cudaError_t launch_total(const RowwiseProblem& problem, const double* weighted, 
 // ---- Launching ----
 
 // Rows that are read a second time are read while they are in the L2 cache: logits and labels of
-// the rows in flight are no more bytes than this part of it. The rest holds what is written, and the
-// cache of an A100 or H100 is in halves.
+// the rows in flight are no more bytes than this part of it. The rest holds what is written, and
+// the cache of an A100 or H100 is in halves.
 inline int64_t bytes_in_flight() {
   constexpr int kUsual = 40 << 20;
   int device = 0, bytes = 0;
@@ -793,8 +793,8 @@ class RowwiseLauncher {
     cudaError_t error;
     if (problem_.target.format == Format::kObserved) {
       units.per_row = 1;
-      error = MLLOSS_LAUNCH((rowwise_entries_sums<Real>), grid_of(rows, kMaxBlocks),
-                            dim3(kThreads), stream_, problem_, sums);
+      error = MLLOSS_LAUNCH((rowwise_entries_sums<Real>), grid_of(rows, kMaxBlocks), dim3(kThreads),
+                            stream_, problem_, sums);
     } else {
       error = for_targets([&](auto soft) {
         return MLLOSS_LAUNCH((rowwise_sums<Scalar, decltype(soft)::value>),
@@ -902,9 +902,9 @@ cudaError_t launch_rowwise_forward(const RowwiseProblem& problem, const ForwardO
     pass.threshold = static_cast<Real*>(output.gradient_threshold);
     pass.grad_output.data = output.gradient_scale;
     pass.grad_output.element = Element::kDouble;
-    const bool counts = problem.weight.data != nullptr &&
-                        (problem.reduction == Reduction::kMeanNonzero ||
-                         problem.reduction == Reduction::kWeightedMean);
+    const bool counts =
+        problem.weight.data != nullptr && (problem.reduction == Reduction::kMeanNonzero ||
+                                           problem.reduction == Reduction::kWeightedMean);
     if (counts) {
       pass.scale = output.scale;
       const cudaError_t error =
