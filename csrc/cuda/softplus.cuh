@@ -367,7 +367,10 @@ __device__ __forceinline__ void pass_over_vector(RawLogits<Scalar>& logits, uint
 template <class Scalar>
 __device__ __forceinline__ void load_raw(const Scalar* address, RawLogits<Scalar>& logits) {
   const uint4 bits = *reinterpret_cast<const uint4*>(address);
-  logits = {{bits.x, bits.y, bits.z, bits.w}};
+  logits.word[0] = bits.x;
+  logits.word[1] = bits.y;
+  logits.word[2] = bits.z;
+  logits.word[3] = bits.w;
 }
 
 // The elements of a vector that are in the row; the others are dropped.
