@@ -252,17 +252,15 @@ struct ModeConstant {
   static constexpr Mode value = kMode;
 };
 
-// Whether a problem is one for the kernels of softplus.cuh.
+// Whether a loss has the kernels of softplus.cuh, for problems of mode kHard.
 template <class Loss, class Scalar>
-bool is_softplus(Mode mode) {
-  return Loss::kIsSoftplus && sizeof(Scalar) < 8 && mode == Mode::kHard;
-}
+constexpr bool kHasSoftplus = Loss::kIsSoftplus && sizeof(Scalar) < 8;
 
 // Calls run(ModeConstant<mode>). fp64 has the general kernel only: it is there for checks. Losses
 // whose arithmetic outweighs the reading of labels have two.
 template <class Loss, class Scalar, class Run>
 cudaError_t dispatch_mode(Mode mode, const Run& run) {
-  if constexpr (sizeof(Scalar) < 8 && Loss::kIsSoftplus) {
+  if constexpr (kHasSoftplus<Loss, Scalar>) {
     if (mode == Mode::kSoft) return run(ModeConstant<Mode::kSoft>{});
     if (mode == Mode::kSoftMasked) return run(ModeConstant<Mode::kSoftMasked>{});
   } else if constexpr (sizeof(Scalar) < 8) {
@@ -278,8 +276,8 @@ template <class Loss, class Scalar>
 cudaError_t launch_forward_over_tiles(const PointwiseProblem& problem, typename Loss::Real* losses,
                                       PartialSum* partial, dim3 grid, cudaStream_t stream) {
   const Mode mode = mode_of(problem, losses != nullptr);
-  if constexpr (sizeof(Scalar) < 8) {
-    if (is_softplus<Loss, Scalar>(mode)) {
+  if constexpr (kHasSoftplus<Loss, Scalar>) {
+    if (mode == Mode::kHard) {
       return launch_softplus<Scalar, Pass::kForward>(problem, {partial}, kReductionBlocks, stream);
     }
   }
@@ -298,8 +296,8 @@ cudaError_t launch_backward_over_tiles(const PointwiseProblem& problem, const Ba
                                        void* gradient, int64_t row_stride, cudaStream_t stream) {
   const Strided& upstream = input.grad_output;
   const Mode mode = mode_of(problem, upstream.row_stride != 0 || upstream.column_stride != 0);
-  if constexpr (sizeof(Scalar) < 8) {
-    if (is_softplus<Loss, Scalar>(mode)) {
+  if constexpr (kHasSoftplus<Loss, Scalar>) {
+    if (mode == Mode::kHard) {
       const SoftplusOutput output{nullptr,     gradient,      row_stride,
                                   input.scale, upstream.data, upstream.element};
       return launch_softplus<Scalar, Pass::kBackward>(problem, output, kMaxBlocks, stream);
@@ -341,8 +339,8 @@ cudaError_t launch_pointwise_forward(PointwiseProblem problem, const ForwardOutp
   auto* losses = problem.reduction == Reduction::kNone ? static_cast<Real*>(output.loss) : nullptr;
   const bool by_entries = problem.target.format == Format::kObserved;
   const bool wants_gradient = output.gradient != nullptr && problem.rows > 0 && problem.columns > 0;
-  if constexpr (sizeof(Scalar) < 8) {
-    if (wants_gradient && !by_entries && is_softplus<Loss, Scalar>(mode_of(problem, false))) {
+  if constexpr (kHasSoftplus<Loss, Scalar>) {
+    if (wants_gradient && !by_entries && mode_of(problem, false) == Mode::kHard) {
       return launch_one_pass<Scalar>(problem, output, partial, stream);
     }
   }

@@ -129,11 +129,6 @@ __device__ __forceinline__ uint32_t nonzero_bytes(uint32_t bytes) {
   return flags * 0x00204081u >> 28;
 }
 
-// What a block takes at once where all of it is in the row: of 16-bit numbers, whose time is that
-// of instructions rather than bytes, two tiles, so that addresses and loops cost little.
-template <class Scalar>
-constexpr int kInnerTiles = sizeof(Scalar) == 2 ? 2 : 1;
-
 // The labels of a vector as they have been loaded.
 template <Source kSource, int kCount>
 struct RawLabels {
@@ -412,6 +407,13 @@ struct Group {
   unsigned counted = 0;  // observed elements
 };
 
+// Tiles that a block takes at once where all of them are in the row: of 16-bit numbers, whose time
+// is that of instructions rather than bytes, two, so that addresses and loops cost little; one
+// where there are not enough registers for more.
+template <class Scalar, Source kMask, Pass kPass>
+constexpr int kInnerTiles =
+    sizeof(Scalar) == 2 && !(kMask != Source::kNone && has_gradient(kPass)) ? 2 : 1;
+
 // A thread's vectors along a row.
 template <class Scalar, Source kTarget, Source kMask, Pass kPass>
 struct TileCursor {
@@ -450,7 +452,7 @@ template <class Scalar, Source kTarget, Source kMask, Pass kPass>
 __device__ __forceinline__ void pass_over_inner_tiles(
     const TileCursor<Scalar, kTarget, kMask, kPass>& cursor, float scale, Group& group) {
   constexpr int kCount = kWidth<Scalar>;
-  constexpr int kVectors = kInnerTiles<Scalar> * kPerThread / kCount;
+  constexpr int kVectors = kInnerTiles<Scalar, kMask, kPass> * kPerThread / kCount;
   constexpr int kStep = kThreads * kCount;
   constexpr bool kMasked = kMask != Source::kNone;
   // All loads come first, so that they are on their way together.
@@ -545,8 +547,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>)
     labels.start_row(segment.row, segment.shift);
     const int reach =
         max(reach_of(problem.target, segment.row), reach_of(problem.mask, segment.row));
-    constexpr int kInnerPerThread = kInnerTiles<Scalar> * kPerThread;
-    constexpr int kInnerWidth = kInnerTiles<Scalar> * kTileWidth;
+    constexpr int kInnerPerThread = kInnerTiles<Scalar, kMask, kPass> * kPerThread;
+    constexpr int kInnerWidth = kInnerTiles<Scalar, kMask, kPass> * kTileWidth;
     const int64_t inner_begin = segment.shift + reach;
     const bool has_inner =
         has_bytes_in_order &&
