@@ -69,9 +69,6 @@ NONE, BOOL, PACKED, BITMAP, NEGATIVES = "none", "bool", "packed", "bitmap", "no 
 TARGETS = (NEGATIVES, BOOL, PACKED, BITMAP)
 MASKS = (NONE, BOOL, PACKED, BITMAP)
 
-SIGMOID_BF16 = r"SigmoidCrossEntropy<float>, __nv_bfloat16"
-HARD, HARD_MASKED = r"\(Mode\)0", r"\(Mode\)1"
-
 
 @dataclasses.dataclass(frozen=True)
 class HotLoop:
@@ -95,44 +92,47 @@ class HotLoop:
 
 
 # The one place that knows how kernels are called and what they may cost.
+def softplus(target: str, mask: str, one_of: str) -> str:
+    """Name of the kernel of sigmoid cross-entropy, bf16, for formats and a pass."""
+    source = {NONE: 0, PACKED: 1, BOOL: 2, BITMAP: 3}
+    of_pass = {"forward": 0, "backward": 1, "one pass": 2}[one_of]
+    return (
+        rf"softplus<__nv_bfloat16, \(Source\){source[target]}, \(Source\){source[mask]}, "
+        rf"\(Pass\){of_pass}>"
+    )
+
+
 HOT_LOOPS = (
     HotLoop(
         "sigmoid forward, packed",
-        rf"pointwise_forward<{SIGMOID_BF16}, {HARD}>",
+        softplus(PACKED, NONE, "forward"),
         PACKED,
-        label_loads=4,
         budgets={"sm_90": 12},
     ),
     HotLoop(
         "sigmoid forward, packed + mask",
-        rf"pointwise_forward<{SIGMOID_BF16}, {HARD_MASKED}>",
+        softplus(PACKED, PACKED, "forward"),
         PACKED,
         PACKED,
-        label_loads=8,
         budgets={"sm_90": 14},
     ),
+    HotLoop("sigmoid forward, bool", softplus(BOOL, NONE, "forward"), BOOL, budgets={"sm_90": 16}),
+    HotLoop("sigmoid forward, sparse", softplus(BITMAP, NONE, "forward"), BITMAP),
+    HotLoop("sigmoid backward, packed", softplus(PACKED, NONE, "backward"), PACKED),
     HotLoop(
-        "sigmoid forward, bool",
-        rf"pointwise_forward<{SIGMOID_BF16}, {HARD}>",
-        BOOL,
-        budgets={"sm_90": 16},
+        "sigmoid backward, packed + mask", softplus(PACKED, PACKED, "backward"), PACKED, PACKED
     ),
+    HotLoop("sigmoid backward, bool", softplus(BOOL, NONE, "backward"), BOOL),
+    HotLoop("sigmoid one pass, packed", softplus(PACKED, NONE, "one pass"), PACKED),
     HotLoop(
-        "sigmoid forward, no positives",
-        rf"pointwise_forward<{SIGMOID_BF16}, {HARD}>",
-        NEGATIVES,
-    ),
-    HotLoop(
-        "sigmoid backward, packed + mask",
-        rf"pointwise_backward<{SIGMOID_BF16}, {HARD_MASKED}>",
+        "sigmoid one pass, packed + mask",
+        softplus(PACKED, PACKED, "one pass"),
         PACKED,
         PACKED,
-        label_loads=8,
+        budgets={"sm_90": 22},
     ),
     HotLoop(
-        "sigmoid backward, bool",
-        rf"pointwise_backward<{SIGMOID_BF16}, {HARD}>",
-        BOOL,
+        "sigmoid one pass, bool", softplus(BOOL, NONE, "one pass"), BOOL, budgets={"sm_90": 24}
     ),
     HotLoop(
         "ZLPR statistics, bool",
@@ -142,7 +142,7 @@ HOT_LOOPS = (
     ),
     HotLoop(
         "ZLPR gradient, bool",
-        r"rowwise_backward<MultilabelCategoricalCrossentropy, __nv_bfloat16, false>",
+        r"rowwise_gradient<MultilabelCategoricalCrossentropy, __nv_bfloat16, false>",
         BOOL,
     ),
 )
@@ -474,7 +474,7 @@ NO_EFFECTS = Effects()
 # Of each effect the unit in which it is counted, and the number of bits for it. A turn that needs
 # more bits is none over full vectors; searching for such turns would take long.
 _UNITS = Effects(1, 16, 8, 1, 16, 1, 4, 1)
-_BITS = Effects(8, 6, 5, 4, 6, 4, 8, 0)
+_BITS = Effects(8, 6, 5, 5, 6, 4, 8, 0)
 _GUARDS = list(itertools.accumulate(bits + 1 for bits in _BITS))  # the bit above each is for these
 _TOO_MUCH = sum(1 << guard - 1 for guard in _GUARDS)
 
