@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from cases import label_ids
 from torch import Tensor
 
 import mlloss_cuda
 from mlloss_cuda import PackedLabels, SparseLabels
+from tests.cases import label_ids
+
+ROOT = Path(__file__).parent.parent
 
 CAPABILITIES = ("default", "avx2", "avx512")  # where the CPU lacks one, the next lower one runs
 LOSSES = ("sigmoid_cross_entropy", "multilabel_categorical_crossentropy", "multilabel_ranking_loss")
@@ -79,7 +82,8 @@ def check_everything() -> None:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_every_instruction_set(native: None, capability: str) -> None:
     finished = subprocess.run(
-        [sys.executable, __file__],
+        [sys.executable, "-m", "tests.test_instruction_sets"],
+        cwd=ROOT,
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
