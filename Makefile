@@ -8,6 +8,8 @@ RUN := $(VENV)/bin/python
 PIP_INSTALL := $(RUN) -m pip install -qq --disable-pip-version-check -c constraints.txt
 CXX_FILES := find csrc tests bench -type f \
 	\( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)
+# Every process imports torch, and more than a few are not worth the wait. ARGS=-n0 is one process.
+IN_PARALLEL := -n logical --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test bench plots docs lint format asan tsan clean
@@ -41,7 +43,7 @@ demo: build ## train on generated data, or on DATA=dir with *_train.txt and *_te
 	@$(RUN) -m mlloss_cuda.xmc demo $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 test: build ## run the tests; ARGS="-k name" selects
-	@$(RUN) -m pytest $(ARGS)
+	@$(RUN) -m pytest $(IN_PARALLEL) $(ARGS)
 
 bench: build ## time the losses against eager and compiled torch
 	@$(RUN) bench/run.py $(ARGS)
@@ -73,10 +75,10 @@ format: build ## format Python, C++ and CUDA in place
 	@$(CXX_FILES) | xargs -r $(VENV)/bin/clang-format -i
 
 asan: build ## run the emulated CUDA kernels under AddressSanitizer and UBSan
-	@$(RUN) -m tests.emulation.run --sanitizer address $(ARGS)
+	@$(RUN) -m tests.emulation.run --sanitizer address $(IN_PARALLEL) $(ARGS)
 
 tsan: build ## run the emulated CUDA kernels under ThreadSanitizer
-	@$(RUN) -m tests.emulation.run --sanitizer thread $(ARGS)
+	@$(RUN) -m tests.emulation.run --sanitizer thread $(IN_PARALLEL) $(ARGS)
 
 clean: ## remove everything built, but not .venv
 	rm -rf build dist *.egg-info mlloss_cuda/_C.abi3.so mlloss_cuda/_build_information.json

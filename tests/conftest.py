@@ -128,6 +128,29 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     yield from _serve(request)
 
 
+# ---- What tests/test_support.py finds ------------------------------------------------------------
+
+SUPPORT = "support"  # the property of a test's report: reports are all that leaves a worker process
+_found: list[Any] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        for name, cells in report.user_properties:
+            if name == SUPPORT:
+                _found.extend(cells)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _found and not hasattr(session.config, "workerinput"):  # which workers of pytest-xdist have
+        from tests import test_support
+
+        test_support.write_report({test_support.Cell(*names): ok for *names, ok in _found})
+
+
+# ---- Small fixtures ------------------------------------------------------------------------------
+
+
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at no contents, as on a GPU, where that would need a synchronisation."""

@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ import mlloss_cuda
 from mlloss_cuda import PackedLabels, SparseLabels
 from tests import cases
 from tests.cases import DTYPES, LOSSES, Loss
-from tests.conftest import CUDA, EMULATED, Backend
+from tests.conftest import CUDA, EMULATED, SUPPORT, Backend
 from tests.judge import assert_gradient, assert_loss
 
 FILE = Path(__file__).resolve().parents[1] / "build" / "support.json"
@@ -50,7 +50,6 @@ COMBINATIONS = [
     for loss, target in itertools.product(LOSSES, TARGETS)
     if loss.soft_targets or target != "soft"
 ]
-_results: dict[Cell, bool] = {}
 
 
 def expected_cells() -> set[Cell]:
@@ -62,16 +61,14 @@ def expected_cells() -> set[Cell]:
     }
 
 
-@pytest.fixture(scope="session", autouse=True)
-def written() -> Iterator[None]:
-    yield
+def write_report(results: dict[Cell, bool]) -> None:
+    """Write what `test_supported` found; conftest.py calls this after the last test."""
     FILE.parent.mkdir(exist_ok=True)
-    cells = [cell._asdict() | {"ok": _results[cell]} for cell in sorted(_results)]
     report = {
-        "cells": cells,
+        "cells": [cell._asdict() | {"ok": results[cell]} for cell in sorted(results)],
         "torch": torch.__version__,
         "version": mlloss_cuda.__version__,
-        "complete": set(_results) == expected_cells(),
+        "complete": set(results) == expected_cells(),
     }
     # Of a part of the tests, only in the place of another part.
     if report["complete"] or not (FILE.exists() and json.loads(FILE.read_text())["complete"]):
@@ -186,15 +183,18 @@ def check(backend: Backend, loss: Loss, target_form: str, mask_form: str, dtype:
     ("loss", "target"), COMBINATIONS, ids=[f"{loss}-{target}" for loss, target in COMBINATIONS]
 )
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)
-def test_supported(backend: Backend, loss: Loss, target: str) -> None:
-    failed = []
+def test_supported(
+    backend: Backend, loss: Loss, target: str, record_property: Callable[[str, object], None]
+) -> None:
+    results, failed = [], []
     for mask, dtype in itertools.product(MASKS, DTYPES):
-        cell = Cell(loss.name, target, mask, dtype, backend.name)
+        cell = (loss.name, target, mask, dtype, backend.name)
         try:
             check(backend, loss, target, mask, dtype)
         except Exception as error:
-            _results[cell] = False
             failed.append(f"mask={mask}, {dtype}: {type(error).__name__}: {error}")
+            results.append([*cell, False])
         else:
-            _results[cell] = True
+            results.append([*cell, True])
+    record_property(SUPPORT, results)
     assert not failed, "\n".join(failed)

@@ -4,27 +4,34 @@ Runs the tests that are marked `emulated`; options of pytest choose among them. 
 the first library in the process, so that Python itself is started with it preloaded. Only the
 emulated kernels are instrumented; Python and torch run as they are.
 
-`address` stops at the first error; `thread` reports every race and fails at the end.
+`address` ends a process at its first error; `thread` reports every race. Reports are printed at the
+end, and fail the run: the status of a worker of pytest-xdist would be seen by nobody.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tests.emulation.build import (
+    KERNELS,
     ROOT,
     SANITIZER_VARIABLE,
+    SELFTEST,
+    BuildError,
     Sanitizer,
+    build,
     compiler,
     unavailable_reason,
 )
 
 # ThreadSanitizer's shadow memory leaves no room for addresses chosen at random.
 FIXED_ADDRESSES = ("setarch", "-R")
+
+RUNTIME_OPTIONS = {"ASAN_OPTIONS", "UBSAN_OPTIONS", "TSAN_OPTIONS"}
 
 OPTIONS = {
     "address": {
@@ -52,8 +59,10 @@ def sanitizer_unavailable_reason(sanitizer: Sanitizer) -> str | None:
     return None
 
 
-def command(sanitizer: Sanitizer, python_arguments: list[str]) -> list[str]:
-    """How to start Python under a sanitizer."""
+def command(
+    sanitizer: Sanitizer, python_arguments: list[str], reports: Path | None = None
+) -> list[str]:
+    """How to start Python under a sanitizer, which reports to stderr or to `reports`.<process>."""
     if sanitizer == "none":
         return [sys.executable, *python_arguments]
     # Sanitizers look up `throw` when they start, long before Python would load the C++ library.
@@ -63,6 +72,9 @@ def command(sanitizer: Sanitizer, python_arguments: list[str]) -> list[str]:
         "LD_PRELOAD": ":".join(str(library) for library in libraries if library),
         **OPTIONS[sanitizer],
     }
+    if reports:
+        for name in variables.keys() & RUNTIME_OPTIONS:
+            variables[name] += f":log_path={reports}"
     return [
         *(FIXED_ADDRESSES if sanitizer == "thread" else ()),
         "env",
@@ -91,11 +103,22 @@ def main() -> None:
     arguments, pytest_options = parser.parse_known_args()
     if reason := unavailable_reason() or sanitizer_unavailable_reason(arguments.sanitizer):
         sys.exit(reason)
-    # Reports bypass Python's streams, and Python's own crash handler would take their place.
+    try:  # once, rather than in every process and, if it fails, in every test
+        for target in (KERNELS, SELFTEST):
+            build(target, arguments.sanitizer)
+    except BuildError as error:
+        sys.exit(str(error))
+    # What a dying process prints bypasses Python's streams, and Python's own crash handler would
+    # take the place of the sanitizer's.
     pytest = ["-m", "pytest", "--capture=sys", "-p", "no:faulthandler", "-m", "emulated"]
-    words = command(arguments.sanitizer, [*pytest, *pytest_options])
-    os.chdir(ROOT)
-    os.execvp(words[0], words)
+    with TemporaryDirectory() as directory:
+        words = command(
+            arguments.sanitizer, [*pytest, *pytest_options], reports=Path(directory, "report")
+        )
+        status = subprocess.run(words, cwd=ROOT).returncode
+        reports = [path.read_text() for path in sorted(Path(directory).iterdir())]
+    print(*reports, sep="\n", end="", file=sys.stderr)
+    sys.exit(status or bool(reports))
 
 
 if __name__ == "__main__":
