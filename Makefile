@@ -10,6 +10,9 @@ CXX_FILES := find csrc tests bench -type f \
 	\( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \)
 # Every process imports torch, and more than a few are not worth the wait. ARGS=-n0 is one process.
 IN_PARALLEL := -n logical --maxprocesses 8 --dist worksteal
+# OpenMP's threads would otherwise spin between calls, on cores that other processes want: the tests
+# would take twice the time.
+test asan tsan: export OMP_WAIT_POLICY := PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help build demo test bench plots docs lint format asan tsan clean

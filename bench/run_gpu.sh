@@ -97,7 +97,7 @@ if ! has_module pytest || ! has_module hypothesis; then
   skip "tests" "pytest or hypothesis is not installed"
 elif [ "$dry_run" = 1 ]; then
   step "tests, only collected" 120 \
-    "$PYTHON" -m pytest -qq -m cuda --collect-only tests/test_losses.py
+    "$PYTHON" -m pytest -qq -m cuda --collect-only tests/test_support.py
 else
   step "tests" 120 env MLLOSS_NATIVE=require "$PYTHON" -m pytest -q -m cuda "${workers[@]}" tests
 fi

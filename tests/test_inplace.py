@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -144,26 +145,25 @@ FORMS = (
 )
 
 
-def formatted(backend: Backend, form: str, rows: int, columns: int) -> tuple[Any, dict[str, Any]]:
+@functools.cache
+def formatted(form: str, rows: int, columns: int) -> tuple[Any, dict[str, Any]]:
     y, observed = draw(rows, columns, seed=2) < 0.02, draw(rows, columns, seed=3) < 0.6
-    bits = words_of(y, backend)
-    ids = SparseLabels.from_lists(cases.label_ids(y)).to(backend.device)
+    if form == "bool":
+        return y, {}
+    if form in ("soft", "nan"):
+        soft = torch.where(draw(rows, columns, seed=4) < 0.5, y, draw(rows, columns, seed=5))
+        if form == "soft":
+            return soft, {"mask": observed}
+        return soft.masked_fill(~observed, math.nan), {"ignore_index": math.nan}
+    if form.startswith("packed"):
+        words = PackedLabels(cases.packed_words(y), columns)
+        mask = PackedLabels(cases.packed_words(observed), columns)
+        return words, {} if form == "packed" else {"mask": mask}
+    ids = SparseLabels.from_lists(cases.label_ids(y))
     few = SparseLabels.from_lists(cases.label_ids(observed & (draw(rows, columns) < 0.01)))
-    few = few.to(backend.device)
-    soft = torch.where(draw(rows, columns, seed=4) < 0.5, y, draw(rows, columns, seed=5))
-    return {
-        "bool": (y.to(backend.device), {}),
-        "soft": (soft.to(backend.device), {"mask": observed.to(backend.device)}),
-        "packed": (bits, {}),
-        "packed, packed mask": (bits, {"mask": words_of(observed, backend)}),
-        "sparse": (ids, {}),
-        "sparse mask": (ids, {"mask": few}),
-        "observed": (few._replace(observed_only=True), {}),
-        "nan": (
-            soft.masked_fill(~observed, math.nan).to(backend.device),
-            {"ignore_index": math.nan},
-        ),
-    }[form]
+    if form == "observed":
+        return few._replace(observed_only=True), {}
+    return ids, {} if form == "sparse" else {"mask": few}
 
 
 SHAPES = {"short": (40, 9), "middle": (3, 3001), "long": (3, 150_001)}
@@ -179,8 +179,10 @@ def test_the_ordinary_call_gives_the_same(
     for name, shape in SHAPES.items():
         if name == "long" and backend.name != "cpu":
             continue  # rows that are split among CPU threads
-        target, options = formatted(backend, form, *shape)
-        options = options | {"weight": draw(shape[0], 1, seed=6).to(backend.device)}
+        target, options = formatted(form, *shape)
+        target = target.to(backend.device)
+        options = options | {"weight": draw(shape[0], 1, seed=6)}
+        options = {k: v.to(backend.device) if hasattr(v, "to") else v for k, v in options.items()}
         for dtype in (torch.float32, torch.bfloat16):
             leaf = inputs_of(loss, backend, *shape, dtype=dtype)
             expected = loss(leaf, target, reduction=reduction, **options)

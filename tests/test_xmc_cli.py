@@ -179,14 +179,15 @@ def test_arguments_that_do_not_parse(arguments, capsys):
     assert "usage:" in capsys.readouterr().err
 
 
-def test_sizes_that_memory_does_not_hold(tmp_path):
+def test_sizes_that_memory_does_not_hold(tmp_path, capsys):
     data = tmp_path / "wide.txt"
     data.write_text("3 1000000 2\n0 1:1\n1 2:1\n0 3:1\n")
     # 8 PB: more than addresses of 47 bits reach, so that nothing is really allocated.
-    done = run("train", "--train", data, "--test", data, "--quiet", "--hidden", 2**31 - 1)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "error: out of memory, try smaller sizes: " in done.stderr
+    arguments = ["--train", str(data), "--test", str(data), "--hidden", str(2**31 - 1)]
+    assert main(["train", *arguments, "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "error: out of memory, try smaller sizes: " in error
 
 
 @pytest.mark.parametrize(
