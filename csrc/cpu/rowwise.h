@@ -257,32 +257,26 @@ struct RowReader {
 template <class Real, class Sums>
 RowSums<double> sums_of_piece(const Problem& problem, const Piece& piece, int64_t row,
                               RowReader<Real>& reader, const Sums& sums) {
-  RowSums<double> sum = RowSums<double>::empty();
+  RunningSums running;
+  RowSums<double> others = RowSums<double>::empty();
   const VectorKernels* vector = reader.vector;
   for_row_tiles(problem, piece, row, reader.tiles, reader.entries, [&](Tile<Real> tile, int64_t) {
     if (tile.labels.empty) return;
-    RowSums<double> part;
-    bool done = false;
     if constexpr (std::is_same_v<Real, float>) {
-      done = vector != nullptr && tile.labels.kind != TargetKind::kSoft &&
-             vector->exponential_sums(tile, &part);
+      const bool is_soft = tile.labels.kind == TargetKind::kSoft;
+      if (vector != nullptr && !is_soft && vector->exponential_sums(tile, &running)) return;
     }
-    if (!done) {
-      if (vector != nullptr) reader.tiles.decode(tile);
-      part = sums(tile);
-    }
-    sum.positive = combine(sum.positive, part.positive);
-    sum.negative = combine(sum.negative, part.negative);
+    if (vector != nullptr) reader.tiles.decode(tile);
+    others = combine(others, sums(tile));
   });
-  return sum;
+  return vector == nullptr ? others : combine(running.scaled(), others);
 }
 
 // Combines the pieces of a row, the first of which is `parts`.
 inline RowSums<double> combined(const RowSums<double>* parts, int64_t count) {
   RowSums<double> sum = RowSums<double>::empty();
   for (int64_t i = 0; i < count; ++i) {
-    sum.positive = combine(sum.positive, parts[i].positive);
-    sum.negative = combine(sum.negative, parts[i].negative);
+    sum = combine(sum, parts[i]);
   }
   return sum;
 }

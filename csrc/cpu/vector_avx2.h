@@ -24,15 +24,13 @@ MLLOSS_VECTOR void store_bits(__m256i bits, bool stream, void* out) {
     _mm256_storeu_si256(static_cast<__m256i*>(out), bits);
   }
 }
-// bf16 in the lower half of each element, rounded to nearest even.
+// bf16 in the lower half of each element, rounded to nearest even. NaN stays NaN unless all its lower
+// 16 bits are set, see quiet_scale.
 MLLOSS_VECTOR __m256i round_bfloat16(Floats values) {
   const __m256i bits = _mm256_castps_si256(values);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  // The addition could carry NaN into infinity.
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+  return _mm256_srli_epi32(rounded, 16);
 }
 
 // Two vectors, one behind the other; a streamed address is a multiple of 64.
@@ -94,7 +92,7 @@ MLLOSS_VECTOR void copy_padded(const void* source, int64_t count, int64_t padded
   std::memset(static_cast<char*>(out) + count, 0, padded - count);
 }
 
-// e^x for x <= 0 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
+// e^x for x <= 80 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
 MLLOSS_VECTOR Floats exponential(Floats x) {
   // Adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits.
   const Floats round = all(12582912.0f);
@@ -107,6 +105,9 @@ MLLOSS_VECTOR Floats exponential(Floats x) {
   const Mask is_tiny = _mm256_cmp_ps(x, all(-87.3365448f), _CMP_LT_OQ);
   return _mm256_andnot_ps(is_tiny, multiply(p, _mm256_castsi256_ps(power)));
 }
+
+// e^-|x|.
+MLLOSS_VECTOR Floats exponential_of_size(Floats x) { return exponential(minus_absolute(x)); }
 
 MLLOSS_VECTOR double sum_of(Floats x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -25,15 +25,12 @@ MLLOSS_VECTOR void store_bits(__m512i bits, bool stream, void* out) {
   }
 }
 // bf16 in the upper half of each element, rounded to nearest even. In integers: the instruction for
-// it makes subnormals 0.
+// it makes subnormals 0. NaN stays NaN unless all its lower 16 bits are set, see quiet_scale.
 MLLOSS_VECTOR __m512i round_bfloat16(Floats values) {
   const __m512i bits = _mm512_castps_si512(values);
   const Mask is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-  rounded = _mm512_mask_add_epi32(rounded, is_odd, rounded, _mm512_set1_epi32(1));
-  // The addition could carry NaN into infinity.
-  const Mask is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(rounded, is_odd, rounded, _mm512_set1_epi32(1));
 }
 alignas(64) constexpr uint16_t kUpperHalves[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
@@ -100,15 +97,27 @@ MLLOSS_VECTOR void copy_padded(const void* source, int64_t count, int64_t padded
   }
 }
 
-// e^x for x <= 0 (or NaN).
-MLLOSS_VECTOR Floats exponential(Floats x) {
-  x = maximum(all(-150), x);  // e^-150 comes out as 0, and infinity would as NaN
+MLLOSS_VECTOR Floats exponential_in_range(Floats x) {
   const Floats k =
       _mm512_roundscale_ps(multiply(x, all(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Floats r = _mm512_fnmadd_ps(k, all(kLn2), x);
   Floats p = all(kExponential[0]);
   for (int i = 1; i < 6; ++i) p = multiply_add(p, r, all(kExponential[i]));
   return _mm512_scalef_ps(p, k);
+}
+
+constexpr float kLeastExponent = -150;  // its exponential comes out as 0; that of -inf would as NaN
+
+// e^x for x <= 80 (or NaN).
+MLLOSS_VECTOR Floats exponential(Floats x) {
+  return exponential_in_range(maximum(all(kLeastExponent), x));
+}
+
+// e^-|x|, and 0 for NaN.
+MLLOSS_VECTOR Floats exponential_of_size(Floats x) {
+  // The smaller absolute value of two, with the sign set.
+  constexpr int kSmaller = 0b10, kSigned = 0b11;
+  return exponential_in_range(_mm512_range_ps(x, all(kLeastExponent), kSmaller | kSigned << 2));
 }
 
 MLLOSS_VECTOR double sum_of(Floats x) { return _mm512_reduce_add_ps(x); }

@@ -3,10 +3,51 @@
 // logits. What they do not take, and every other CPU, goes through the loops of pointwise.h and
 // rowwise.h, which are the specification of these.
 #pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "cpu/tiles.h"
 #include "math/multilabel_categorical_crossentropy.h"
 
 namespace mlloss::cpu {
+
+// A sum of e^x over what has been seen of one side of a row, as e^shift * sum. The shift was the
+// largest x of some tile and is raised only when one is so much larger that floats might overflow:
+// so there is seldom anything to rescale.
+struct RunningSum {
+  static constexpr float kNear = 32;
+
+  float shift = -std::numeric_limits<float>::max();
+  float largest = -kInfinity<float>;
+  double sum = 0;
+
+  bool is_empty() const { return largest == -kInfinity<float>; }
+  bool is_near(float value) const { return value <= shift + kNear; }
+
+  void raise(float value) {
+    if (is_near(value)) return;
+    sum *= std::exp(static_cast<double>(shift) - value);
+    shift = value;
+  }
+
+  // `part` is relative to e^shift.
+  void add(float value, double part) {
+    largest = std::max(largest, value);
+    sum += part;
+  }
+
+  ScaledSum<double> scaled() const {
+    if (is_empty()) return {largest, sum};  // 0, or NaN
+    return {largest, sum * std::exp(static_cast<double>(shift) - largest)};
+  }
+};
+
+struct RunningSums {
+  RunningSum positive, negative;
+
+  RowSums<double> scaled() const { return {positive.scaled(), negative.scaled()}; }
+};
 
 // They read `stored` and `element` of a tile rather than its `logits`, and write gradients of that
 // element type. `stream`: past the caches, for outputs that do not fit into them anyway.
@@ -15,7 +56,8 @@ struct VectorKernels {
   double (*softplus_sum)(const Tile<float>& tile);
   void (*softplus_gradients)(const Tile<float>& tile, float scale, bool stream, void* gradients);
   // For hard targets. Return false, with nothing written, if infinite logits need the other loops.
-  bool (*exponential_sums)(const Tile<float>& tile, RowSums<double>* sums);
+  // The first adds to sums over the tiles before.
+  bool (*exponential_sums)(const Tile<float>& tile, RunningSums* sums);
   bool (*exponential_gradients)(const Tile<float>& tile, const RowStatistics<float>& statistics,
                                 float scale, bool stream, void* gradients);
   // How many elements of a masked tile are observed.

@@ -23,8 +23,9 @@ struct Group {
   uint64_t observed = kFull;
 };
 
-// Calls body(group, begin, count) for the groups of a tile. kSoft: with soft targets.
-template <bool kSoft, class Stored, class Body>
+// Calls body(group, begin, count) for the groups of a tile. kSoft: with soft targets. kFetches: also
+// fetches ahead what memory holds behind the tile.
+template <bool kSoft, bool kFetches, class Stored, class Body>
 MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Body& body) {
   const auto* logits = static_cast<const Stored*>(tile.stored);
   const LabelTile<float> labels = tile.labels;
@@ -37,7 +38,7 @@ MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Body& body) {
     Group<Stored> group{logits + i, kSoft ? labels.soft + i : nullptr};
     if (is_hard) group.hard = label_bits(labels.hard, labels.hard_bits, i, count);
     if (is_masked) group.observed = label_bits(labels.observed, labels.observed_bits, i, count);
-    if (count == kGroup) {
+    if (count == kGroup && kFetches) {
       for (int line = 0; line < kGroup * int(sizeof(Stored)); line += 64) {
         _mm_prefetch(reinterpret_cast<const char*>(logits + i) + line + kPrefetch, _MM_HINT_T0);
       }
@@ -45,7 +46,7 @@ MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Body& body) {
       constexpr int kAhead = kPrefetch / int(sizeof(Stored));
       if (is_hard && labels.hard != nullptr) __builtin_prefetch(labels.hard + i + kAhead);
       if (is_masked && labels.observed != nullptr) __builtin_prefetch(labels.observed + i + kAhead);
-    } else {
+    } else if (count < kGroup) {
       copy_padded(logits + i, count * sizeof(Stored), sizeof last_logits, last_logits);
       group.logits = last_logits;
       if (!is_masked) group.observed = (uint64_t(1) << count) - 1;
@@ -71,6 +72,9 @@ MLLOSS_VECTOR void store_group(const Values& values, int begin, int count, bool 
   if (count < kGroup) std::memcpy(gradients + begin, last, count * sizeof(Stored));
 }
 
+// NaN that is safe to be rounded to bf16: a product takes over the bits of one that it meets.
+MLLOSS_VECTOR float quiet_scale(float scale) { return scale != scale ? kNaN<float> : scale; }
+
 // Streaming takes aligned addresses only.
 MLLOSS_VECTOR bool is_aligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % 64 == 0;
@@ -80,40 +84,60 @@ MLLOSS_VECTOR bool is_aligned(const void* address) {
 
 // ---- Softplus ----
 
+// What a vector of a group needs: whether elements are left out, and whether signs are flipped.
+template <bool kMasked, bool kFlipped>
+struct Needs {
+  static constexpr bool masked = kMasked;
+  static constexpr bool flipped = kFlipped;
+};
+
+// Calls run(needs) with the least that a group of hard targets needs: nothing, nearly everywhere
+// among many labels.
+template <class Stored, class Run>
+MLLOSS_VECTOR void with_needs(const Group<Stored>& group, const Run& run) {
+  if (group.hard == 0) {
+    group.observed == kFull ? run(Needs<false, false>{}) : run(Needs<true, false>{});
+  } else {
+    group.observed == kFull ? run(Needs<false, true>{}) : run(Needs<true, true>{});
+  }
+}
+
 // See add_to_lanes in pointwise.h.
 template <bool kSoft, class Stored>
 MLLOSS_VECTOR double softplus_sum_of(const Tile<float>& tile) {
   Floats q[kVectors], linear[kVectors];
   for (int j = 0; j < kVectors; ++j) q[j] = linear[j] = all(0);
-  for_groups<kSoft, Stored>(tile, [&](const Group<Stored>& group, int, int) MLLOSS_VECTOR_LAMBDA {
-    if (group.observed == 0) return;  // common where few labels are observed
-    if (!kSoft && group.hard == 0 && group.observed == kFull) {
-      // As nearly everywhere among many labels.
-      for (int j = 0; j < kVectors; ++j) {
-        const Floats x = load(group.logits + j * kWidth);
-        const Floats e = exponential(minus_absolute(x));
-        q[j] = multiply_add(q[j], e, add(q[j], e));
-        linear[j] = add(linear[j], maximum(all(0), x));
-      }
-      return;
-    }
+  const auto add_to_lane = [&](int j, Floats e, Floats part) MLLOSS_VECTOR_LAMBDA {
+    q[j] = multiply_add(q[j], e, add(q[j], e));
+    linear[j] = add(linear[j], part);
+  };
+  const auto add_soft = [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
     for (int j = 0; j < kVectors; ++j) {
       const Mask observed = mask_from(group.observed, j);
       const Floats x = load(group.logits + j * kWidth);
-      const Floats e = keep(observed, exponential(minus_absolute(x)));
-      Floats part;
-      if (kSoft) {
-        const Floats y = load(group.soft + j * kWidth);
-        const Floats factor = subtract(select(is_negative(x), all(0), all(1)), y);
-        // Selected: an infinite logit on its right side costs 0.
-        part = select(is_zero(factor), all(0), multiply(factor, x));
-      } else {
-        part = maximum(all(0), flip_sign(mask_from(group.hard, j), x));
-      }
-      q[j] = multiply_add(q[j], e, add(q[j], e));
-      linear[j] = add(linear[j], keep(observed, part));
+      const Floats y = load(group.soft + j * kWidth);
+      const Floats factor = subtract(select(is_negative(x), all(0), all(1)), y);
+      // Selected: an infinite logit on its right side costs 0.
+      const Floats part = select(is_zero(factor), all(0), multiply(factor, x));
+      add_to_lane(j, keep(observed, exponential_of_size(x)), keep(observed, part));
     }
-  });
+  };
+  const auto add_hard = [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+    with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+      for (int j = 0; j < kVectors; ++j) {
+        Floats x = load(group.logits + j * kWidth);
+        if (needs.flipped) x = flip_sign(mask_from(group.hard, j), x);
+        // A negative at -inf costs nothing.
+        if (needs.masked) x = select(mask_from(group.observed, j), x, all(-kInfinity<float>));
+        add_to_lane(j, exponential_of_size(x), maximum(all(0), x));
+      }
+    });
+  };
+  for_groups<kSoft, true, Stored>(
+      tile, [&](const Group<Stored>& group, int, int) MLLOSS_VECTOR_LAMBDA {
+        if (group.observed == 0) return;  // common where few labels are observed
+        kSoft ? add_soft(group) : add_hard(group);
+      });
   // A lane has seen kTile / kGroup elements, so q < 2^(kTile / kGroup): two lanes fit together
   // where that stays below what a float holds.
   constexpr int kLogarithms = 2 * (kTile / kGroup) < 100 ? kVectors / 2 : kVectors;
@@ -142,20 +166,13 @@ MLLOSS_VECTOR void softplus_gradients_of(const Tile<float>& tile, float scale, b
                                          void* gradients) {
   auto* out = static_cast<Stored*>(gradients);
   stream = stream && is_aligned(out);
-  for_groups<kSoft, Stored>(
+  scale = quiet_scale(scale);
+  for_groups<kSoft, true, Stored>(
       tile, [&](const Group<Stored>& group, int begin, int count) MLLOSS_VECTOR_LAMBDA {
-        if (!kSoft && group.hard == 0 && group.observed == kFull) {
-          const auto negatives = [&](int j) MLLOSS_VECTOR_LAMBDA {
-            return scaled_sigmoid(load(group.logits + j * kWidth), all(scale));
-          };
-          store_group(negatives, begin, count, stream, out);
-          return;
-        }
-        const auto any = [&](int j) MLLOSS_VECTOR_LAMBDA {
-          const Floats x = load(group.logits + j * kWidth);
-          const Mask observed = mask_from(group.observed, j);
-          if (kSoft) {
+        if constexpr (kSoft) {
+          const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
             // (1 - y) sigmoid(x) - y sigmoid(-x)
+            const Floats x = load(group.logits + j * kWidth);
             const Floats y = load(group.soft + j * kWidth);
             const Floats e = exponential(minus_absolute(x));
             const Floats large = divide(all(1), add(all(1), e));
@@ -163,81 +180,114 @@ MLLOSS_VECTOR void softplus_gradients_of(const Tile<float>& tile, float scale, b
             const Floats p = select(is_negative(x), small, large);
             const Floats q = select(is_negative(x), large, small);
             const Floats value = subtract(multiply(subtract(all(1), y), p), multiply(y, q));
-            return keep(observed, multiply(all(scale), value));
-          }
-          // The sign of positives is flipped, and flipped back.
-          const Mask hard = mask_from(group.hard, j);
-          return keep(observed, flip_sign(hard, scaled_sigmoid(flip_sign(hard, x), all(scale))));
-        };
-        store_group(any, begin, count, stream, out);
+            return keep(mask_from(group.observed, j), multiply(all(scale), value));
+          };
+          store_group(gradient, begin, count, stream, out);
+        } else {
+          with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+            const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
+              Floats x = load(group.logits + j * kWidth);
+              // The sign of positives is flipped, and flipped back.
+              if (needs.flipped) x = flip_sign(mask_from(group.hard, j), x);
+              Floats value = scaled_sigmoid(x, all(scale));
+              if (needs.flipped) value = flip_sign(mask_from(group.hard, j), value);
+              if (needs.masked) value = keep(mask_from(group.observed, j), value);
+              return value;
+            };
+            store_group(gradient, begin, count, stream, out);
+          });
+        }
       });
 }
 
 // ---- Sums of exponentials ----
 
-// See sums_of_tile in rowwise.h.
-template <class Stored>
-MLLOSS_VECTOR bool exponential_sums_of(const Tile<float>& tile, RowSums<double>* sums) {
-  // First the largest value of either side, positives with their sign flipped; the tile stays in
-  // the L1 cache.
-  const Floats nothing = all(-kInfinity<float>);
-  Floats positive[kVectors], negative[kVectors];
-  for (int j = 0; j < kVectors; ++j) positive[j] = negative[j] = nothing;
-  uint64_t positives[kTile / kGroup], negatives[kTile / kGroup];
-  uint64_t any_positive = 0, any_negative = 0;
-  for_groups<false, Stored>(
-      tile, [&](const Group<Stored>& group, int begin, int) MLLOSS_VECTOR_LAMBDA {
-        const uint64_t hard = group.observed & group.hard;
-        const uint64_t rest = group.observed & ~group.hard;
-        positives[begin / kGroup] = hard;
-        negatives[begin / kGroup] = rest;
-        any_positive |= hard;
-        any_negative |= rest;
-        for (int j = 0; j < kVectors; ++j) {
-          const Floats x = load(group.logits + j * kWidth);
-          const Floats own = rest == kFull ? x : select(mask_from(rest, j), x, nothing);
-          negative[j] = maximum(own, negative[j]);
-          if (hard == 0) continue;
-          positive[j] = maximum(select(mask_from(hard, j), negate(x), nothing), positive[j]);
-        }
+constexpr float kNothing = -kInfinity<float>;  // as a value: its exponential is 0
+
+// One side of a tile: its largest value, and its sum relative to what the sum before is relative
+// to.
+struct SideLanes {
+  Floats shift;
+  Floats sum[kVectors], largest[kVectors];
+
+  MLLOSS_VECTOR explicit SideLanes(const RunningSum& before) : shift(all(before.shift)) {
+    for (int j = 0; j < kVectors; ++j) {
+      sum[j] = all(0);
+      largest[j] = all(kNothing);
+    }
+  }
+
+  MLLOSS_VECTOR float largest_value() const {
+    return maximum_of(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
+  }
+  MLLOSS_VECTOR double total() const {
+    return sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+  }
+};
+
+// kSums: adds up exponentials; otherwise only looks for the largest values.
+template <bool kSums, class Stored>
+MLLOSS_VECTOR void add_sides(const Tile<float>& tile, SideLanes& negative, SideLanes& positive) {
+  for_groups<false, kSums, Stored>(
+      tile, [&](const Group<Stored>& group, int, int) MLLOSS_VECTOR_LAMBDA {
+        if (group.observed == 0) return;
+        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+          for (int j = 0; j < kVectors; ++j) {
+            Floats value = load(group.logits + j * kWidth);
+            const Mask hard = mask_from(group.hard, j);
+            if (needs.flipped) value = flip_sign(hard, value);
+            if (needs.masked) value = select(mask_from(group.observed, j), value, all(kNothing));
+            if (!needs.flipped) {
+              negative.largest[j] = maximum(value, negative.largest[j]);
+              if (kSums) {
+                const Floats e = exponential(subtract(value, negative.shift));
+                negative.sum[j] = add(negative.sum[j], e);
+              }
+            } else {
+              const Floats rest = select(hard, all(kNothing), value);
+              const Floats own = select(hard, value, all(kNothing));
+              negative.largest[j] = maximum(rest, negative.largest[j]);
+              positive.largest[j] = maximum(own, positive.largest[j]);
+              if (kSums) {
+                const Floats shift = select(hard, positive.shift, negative.shift);
+                const Floats e = exponential(subtract(value, shift));
+                negative.sum[j] = add(negative.sum[j], select(hard, all(0), e));
+                positive.sum[j] = add(positive.sum[j], keep(hard, e));
+              }
+            }
+          }
+        });
       });
-  const auto largest_of = [](const Floats* lanes) MLLOSS_VECTOR_LAMBDA {
-    return maximum_of(maximum(maximum(lanes[0], lanes[1]), maximum(lanes[2], lanes[3])));
-  };
-  const float positive_shift = largest_of(positive), negative_shift = largest_of(negative);
-  if ((any_positive != 0 && absolute(positive_shift) == kInfinity<float>) ||
-      (any_negative != 0 && absolute(negative_shift) == kInfinity<float>)) {
+}
+
+// Adds a tile to both sums, unless a value lies too far above what its side is relative to.
+template <class Stored>
+MLLOSS_VECTOR bool add_near(const Tile<float>& tile, RunningSums* sums) {
+  SideLanes negative(sums->negative), positive(sums->positive);
+  add_sides<true, Stored>(tile, negative, positive);
+  const float largest_negative = negative.largest_value();
+  const float largest_positive = positive.largest_value();
+  if (!sums->negative.is_near(largest_negative) || !sums->positive.is_near(largest_positive)) {
     return false;
   }
-  for (int j = 0; j < kVectors; ++j) positive[j] = negative[j] = all(0);
-  Tile<float> unlabelled = tile;
-  unlabelled.labels = {};
-  for_groups<false, Stored>(
-      unlabelled, [&](const Group<Stored>& group, int begin, int) MLLOSS_VECTOR_LAMBDA {
-        const uint64_t hard = positives[begin / kGroup];
-        const uint64_t rest = negatives[begin / kGroup];
-        if ((hard | rest) == 0) return;
-        for (int j = 0; j < kVectors; ++j) {
-          const Floats x = load(group.logits + j * kWidth);
-          // What is left out may be larger than the shift; it is dropped.
-          if (hard == 0) {
-            const Floats e = exponential(subtract(x, all(negative_shift)));
-            negative[j] = add(negative[j], rest == kFull ? e : keep(mask_from(rest, j), e));
-          } else {
-            const Mask is_positive = mask_from(hard, j);
-            const Floats shift = select(is_positive, all(positive_shift), all(negative_shift));
-            const Floats e = exponential(subtract(flip_sign(is_positive, x), shift));
-            positive[j] = add(positive[j], keep(is_positive, e));
-            negative[j] = add(negative[j], keep(mask_from(rest, j), e));
-          }
-        }
-      });
-  const auto sum_over = [](const Floats* lanes) MLLOSS_VECTOR_LAMBDA {
-    return sum_of(add(add(lanes[0], lanes[1]), add(lanes[2], lanes[3])));
-  };
-  sums->positive = ScaledSum<double>{positive_shift, sum_over(positive)};
-  sums->negative = ScaledSum<double>{negative_shift, sum_over(negative)};
+  sums->negative.add(largest_negative, negative.total());
+  sums->positive.add(largest_positive, positive.total());
   return true;
+}
+
+// See sums_of_tile in rowwise.h. But for the first tile of a row, this takes one pass.
+template <class Stored>
+MLLOSS_VECTOR bool exponential_sums_of(const Tile<float>& tile, RunningSums* sums) {
+  if (!sums->negative.is_empty() && add_near<Stored>(tile, sums)) return true;
+  // The largest values first; the tile stays in the L1 cache.
+  SideLanes negative(sums->negative), positive(sums->positive);
+  add_sides<false, Stored>(tile, negative, positive);
+  const float largest_negative = negative.largest_value();
+  const float largest_positive = positive.largest_value();
+  if (largest_negative == kInfinity<float> || largest_positive == kInfinity<float>) return false;
+  sums->negative.raise(largest_negative);
+  sums->positive.raise(largest_positive);
+  return add_near<Stored>(tile, sums);
 }
 
 // See gradients_of_tile in rowwise.h.
@@ -247,28 +297,26 @@ MLLOSS_VECTOR void exponential_gradients_of(const Tile<float>& tile,
                                             bool stream, void* gradients) {
   auto* out = static_cast<Stored*>(gradients);
   stream = stream && is_aligned(out);
-  const float positive_factor = -scale * statistics.positive_factor;
-  const float negative_factor = scale * statistics.negative_factor;
-  for_groups<false, Stored>(
+  const float positive_factor = quiet_scale(-scale * statistics.positive_factor);
+  const float negative_factor = quiet_scale(scale * statistics.negative_factor);
+  const Floats shift = all(statistics.negative_shift);
+  for_groups<false, true, Stored>(
       tile, [&](const Group<Stored>& group, int begin, int count) MLLOSS_VECTOR_LAMBDA {
-        const Floats shift = all(statistics.negative_shift);
-        const auto negative = [&](int j) MLLOSS_VECTOR_LAMBDA {
-          const Floats e = exponential(subtract(load(group.logits + j * kWidth), shift));
-          return multiply(all(negative_factor), e);
-        };
-        const auto any = [&](int j) MLLOSS_VECTOR_LAMBDA {
-          const Mask hard = mask_from(group.hard, j);
-          const Floats x = flip_sign(hard, load(group.logits + j * kWidth));
-          const Floats own = select(hard, all(statistics.positive_shift), shift);
-          const Floats factor = select(hard, all(positive_factor), all(negative_factor));
-          const Floats value = multiply(factor, exponential(subtract(x, own)));
-          return keep(mask_from(group.observed, j), value);
-        };
-        if (group.hard == 0 && group.observed == kFull) {
-          store_group(negative, begin, count, stream, out);
-        } else {
-          store_group(any, begin, count, stream, out);
-        }
+        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+          const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
+            Floats x = load(group.logits + j * kWidth), own = shift;
+            Floats factor = all(negative_factor);
+            if (needs.flipped) {
+              const Mask hard = mask_from(group.hard, j);
+              x = flip_sign(hard, x);
+              own = select(hard, all(statistics.positive_shift), own);
+              factor = select(hard, all(positive_factor), factor);
+            }
+            const Floats value = multiply(factor, exponential(subtract(x, own)));
+            return needs.masked ? keep(mask_from(group.observed, j), value) : value;
+          };
+          store_group(gradient, begin, count, stream, out);
+        });
       });
 }
 
@@ -310,7 +358,7 @@ __attribute__((MLLOSS_TARGET)) void softplus_gradients(const Tile<float>& tile, 
 }
 
 __attribute__((MLLOSS_TARGET)) bool exponential_sums(const Tile<float>& tile,
-                                                     RowSums<double>* sums) {
+                                                     RunningSums* sums) {
   bool done = false;
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     done = exponential_sums_of<decltype(stored)>(tile, sums);

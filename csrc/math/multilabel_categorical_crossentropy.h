@@ -54,6 +54,11 @@ MLLOSS_MATH ScaledSum<Real> combine(ScaledSum<Real> a, ScaledSum<Real> b) {
   return {largest, a_part + b_part};
 }
 
+template <class Real>
+MLLOSS_MATH RowSums<Real> combine(const RowSums<Real>& a, const RowSums<Real>& b) {
+  return {combine(a.positive, b.positive), combine(a.negative, b.negative)};
+}
+
 // Everything the gradient of a row needs: d/dx_i = -y_i k_p e^(-x_i - m_p) + (1 - y_i) k_n e^(x_i -
 // m_n). The maxima are logits (or s0) and therefore exact; their difference to a logit is as well.
 template <class Real>
