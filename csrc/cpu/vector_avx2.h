@@ -109,6 +109,18 @@ MLLOSS_VECTOR Floats exponential(Floats x) {
 // e^-|x|.
 MLLOSS_VECTOR Floats exponential_of_size(Floats x) { return exponential(minus_absolute(x)); }
 
+// x = 2^exponent rest with rest in [sqrt(1/2), sqrt(2)), for normal x > 0.
+struct Parts {
+  Floats exponent, rest, inverse_power;
+};
+MLLOSS_VECTOR Parts parts_of(Floats x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i k = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+  const __m256i power = _mm256_slli_epi32(k, 23);
+  return {_mm256_cvtepi32_ps(k), _mm256_castsi256_ps(_mm256_sub_epi32(bits, power)),
+          _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(0x3f800000), power))};
+}
+
 MLLOSS_VECTOR double sum_of(Floats x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));

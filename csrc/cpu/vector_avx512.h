@@ -120,5 +120,17 @@ MLLOSS_VECTOR Floats exponential_of_size(Floats x) {
   return exponential_in_range(_mm512_range_ps(x, all(kLeastExponent), kSmaller | kSigned << 2));
 }
 
+// x = 2^exponent rest with rest in [sqrt(1/2), sqrt(2)), for normal x > 0.
+struct Parts {
+  Floats exponent, rest, inverse_power;
+};
+MLLOSS_VECTOR Parts parts_of(Floats x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i k = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  const __m512i power = _mm512_slli_epi32(k, 23);
+  return {_mm512_cvtepi32_ps(k), _mm512_castsi512_ps(_mm512_sub_epi32(bits, power)),
+          _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_set1_epi32(0x3f800000), power))};
+}
+
 MLLOSS_VECTOR double sum_of(Floats x) { return _mm512_reduce_add_ps(x); }
 MLLOSS_VECTOR float maximum_of(Floats x) { return _mm512_reduce_max_ps(x); }

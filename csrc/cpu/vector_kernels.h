@@ -12,6 +12,12 @@
 
 namespace mlloss::cpu {
 
+// What the elements of a tile are multiplied by. Arrays of kTile elements, or nullptr: ones.
+struct Factors {
+  const float* weight;    // 0 leaves an element out
+  const float* positive;  // of positives, beside the weight
+};
+
 // A sum of e^x over what has been seen of one side of a row, as e^shift * sum. The shift was the
 // largest x of some tile and is raised only when one is so much larger that floats might overflow:
 // so there is seldom anything to rescale.
@@ -55,6 +61,10 @@ struct VectorKernels {
   // The sum of softplus over a tile without weights.
   double (*softplus_sum)(const Tile<float>& tile);
   void (*softplus_gradients)(const Tile<float>& tile, float scale, bool stream, void* gradients);
+  // The same with constants of the elements, for hard targets.
+  double (*weighted_softplus_sum)(const Tile<float>& tile, const Factors& factors);
+  void (*weighted_softplus_gradients)(const Tile<float>& tile, const Factors& factors, float scale,
+                                      bool stream, void* gradients);
   // For hard targets. Return false, with nothing written, if infinite logits need the other loops.
   // The first adds to sums over the tiles before.
   bool (*exponential_sums)(const Tile<float>& tile, RunningSums* sums);

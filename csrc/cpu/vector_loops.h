@@ -102,6 +102,29 @@ MLLOSS_VECTOR void with_needs(const Group<Stored>& group, const Run& run) {
   }
 }
 
+// log(1 + q), q >= 0: as log1p_nonnegative in math/scalar.h.
+MLLOSS_VECTOR Floats log1p_of(Floats q) {
+  const Floats u = add(all(1), q);
+  // What rounding dropped. NaN goes its way through here.
+  const Floats lost = select(is_negative(subtract(q, all(1))), subtract(q, subtract(u, all(1))),
+                             subtract(all(1), subtract(u, q)));
+  const Parts parts = parts_of(u);
+  const Floats f = multiply_add(lost, parts.inverse_power, subtract(parts.rest, all(1)));
+  Floats p = all(kLogarithm[0]);
+  for (int i = 1; i < 9; ++i) p = multiply_add(p, f, all(kLogarithm[i]));
+  const Floats square = multiply(f, f);
+  Floats y = multiply_add(parts.exponent, all(-2.12194440e-4f), multiply(multiply(p, f), square));
+  y = multiply_add(all(-0.5f), square, y);
+  return multiply_add(parts.exponent, all(0.693359375f), add(f, y));
+}
+
+// log(1 + e) for 0 <= e <= 1.
+MLLOSS_VECTOR Floats log1p_below_one(Floats e) {
+  Floats p = all(kLog1p[0]);
+  for (int i = 1; i < 9; ++i) p = multiply_add(p, e, all(kLog1p[i]));
+  return multiply(p, e);
+}
+
 // See add_to_lanes in pointwise.h.
 template <bool kSoft, class Stored>
 MLLOSS_VECTOR double softplus_sum_of(const Tile<float>& tile) {
@@ -141,17 +164,16 @@ MLLOSS_VECTOR double softplus_sum_of(const Tile<float>& tile) {
   // A lane has seen kTile / kGroup elements, so q < 2^(kTile / kGroup): two lanes fit together
   // where that stays below what a float holds.
   constexpr int kLogarithms = 2 * (kTile / kGroup) < 100 ? kVectors / 2 : kVectors;
-  alignas(64) float arguments[kLogarithms * kWidth];
+  Floats logarithm = all(0);
   for (int j = 0; j < kLogarithms; ++j) {
     Floats product = q[j];
     if constexpr (kLogarithms < kVectors) {
       const Floats other = q[j + kLogarithms];
       product = multiply_add(product, other, add(product, other));
     }
-    store(product, arguments + j * kWidth);
+    logarithm = add(logarithm, log1p_of(product));
   }
-  return sum_of(add(add(linear[0], linear[1]), add(linear[2], linear[3]))) +
-         sum_of_logarithms(arguments, kLogarithms * kWidth);
+  return sum_of(add(add(add(linear[0], linear[1]), add(linear[2], linear[3])), logarithm));
 }
 
 // factor * sigmoid(x)
@@ -197,6 +219,74 @@ MLLOSS_VECTOR void softplus_gradients_of(const Tile<float>& tile, float scale, b
             store_group(gradient, begin, count, stream, out);
           });
         }
+      });
+}
+
+// A vector of the constants of a tile.
+struct FactorsOfVector {
+  Floats weight, positive;
+  bool has_weight, has_positive;
+
+  // kFlipped: there are positives.
+  template <bool kFlipped>
+  MLLOSS_VECTOR Floats times(Mask hard, Floats value) const {
+    if (kFlipped && has_positive) value = select(hard, multiply(positive, value), value);
+    // Selected: what has no weight may be infinite.
+    if (has_weight) value = select(is_zero(weight), all(0), multiply(weight, value));
+    return value;
+  }
+};
+
+MLLOSS_VECTOR FactorsOfVector factors_at(const Factors& factors, int i) {
+  const bool has_weight = factors.weight != nullptr, has_positive = factors.positive != nullptr;
+  return {has_weight ? load(factors.weight + i) : all(1),
+          has_positive ? load(factors.positive + i) : all(1), has_weight, has_positive};
+}
+
+// The sum of softplus(z) times constants of the elements, for hard targets.
+template <class Stored>
+MLLOSS_VECTOR double weighted_softplus_sum_of(const Tile<float>& tile, const Factors& factors) {
+  Floats sum[kVectors];
+  for (int j = 0; j < kVectors; ++j) sum[j] = all(0);
+  for_groups<false, true, Stored>(
+      tile, [&](const Group<Stored>& group, int begin, int) MLLOSS_VECTOR_LAMBDA {
+        if (group.observed == 0) return;
+        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+          for (int j = 0; j < kVectors; ++j) {
+            const Mask hard = mask_from(group.hard, j);
+            Floats x = load(group.logits + j * kWidth);
+            if (needs.flipped) x = flip_sign(hard, x);
+            const Floats logarithm = log1p_below_one(exponential_of_size(x));
+            Floats value = add(maximum(all(0), x), logarithm);
+            value = factors_at(factors, begin + j * kWidth).template times<needs.flipped>(hard, value);
+            if (needs.masked) value = keep(mask_from(group.observed, j), value);
+            sum[j] = add(sum[j], value);
+          }
+        });
+      });
+  return sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+}
+
+template <class Stored>
+MLLOSS_VECTOR void weighted_softplus_gradients_of(const Tile<float>& tile, const Factors& factors,
+                                                  float scale, bool stream, void* gradients) {
+  auto* out = static_cast<Stored*>(gradients);
+  stream = stream && is_aligned(out);
+  scale = quiet_scale(scale);
+  for_groups<false, true, Stored>(
+      tile, [&](const Group<Stored>& group, int begin, int count) MLLOSS_VECTOR_LAMBDA {
+        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+          const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
+            const Mask hard = mask_from(group.hard, j);
+            Floats x = load(group.logits + j * kWidth);
+            if (needs.flipped) x = flip_sign(hard, x);
+            Floats value = scaled_sigmoid(x, all(scale));
+            if (needs.flipped) value = flip_sign(hard, value);
+            value = factors_at(factors, begin + j * kWidth).template times<needs.flipped>(hard, value);
+            return needs.masked ? keep(mask_from(group.observed, j), value) : value;
+          };
+          store_group(gradient, begin, count, stream, out);
+        });
       });
 }
 
@@ -357,6 +447,23 @@ __attribute__((MLLOSS_TARGET)) void softplus_gradients(const Tile<float>& tile, 
   });
 }
 
+__attribute__((MLLOSS_TARGET)) double weighted_softplus_sum(const Tile<float>& tile,
+                                                            const Factors& factors) {
+  double sum = 0;
+  dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
+    sum = weighted_softplus_sum_of<decltype(stored)>(tile, factors);
+  });
+  return sum;
+}
+
+__attribute__((MLLOSS_TARGET)) void weighted_softplus_gradients(const Tile<float>& tile,
+                                                                const Factors& factors, float scale,
+                                                                bool stream, void* gradients) {
+  dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
+    weighted_softplus_gradients_of<decltype(stored)>(tile, factors, scale, stream, gradients);
+  });
+}
+
 __attribute__((MLLOSS_TARGET)) bool exponential_sums(const Tile<float>& tile,
                                                      RunningSums* sums) {
   bool done = false;
@@ -390,7 +497,13 @@ __attribute__((MLLOSS_TARGET)) int64_t count_observed(const Tile<float>& tile) {
 
 __attribute__((MLLOSS_TARGET)) void fence() { _mm_sfence(); }
 
-constexpr VectorKernels kKernels = {softplus_sum,          softplus_gradients, exponential_sums,
-                                    exponential_gradients, count_observed,     fence};
+constexpr VectorKernels kKernels = {softplus_sum,
+                                    softplus_gradients,
+                                    weighted_softplus_sum,
+                                    weighted_softplus_gradients,
+                                    exponential_sums,
+                                    exponential_gradients,
+                                    count_observed,
+                                    fence};
 
 #undef MLLOSS_VECTOR_LAMBDA
