@@ -367,11 +367,42 @@ Carrier carrier_for(const PointwiseProblem& problem) {
   return takes_bits && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
 }
 
-// The vectorised loops for all of a problem, or nullptr.
+// The vectorised loops for a problem, or nullptr. Beside weights or parameters they take hard
+// targets.
 template <class Loss>
 const VectorKernels* vector_kernels_for(const PointwiseProblem& problem) {
-  const bool takes = is_plain_softplus<Loss>(problem) && problem.element != Element::kDouble;
+  const bool takes = Loss::kIsSoftplus && problem.element != Element::kDouble;
   return takes ? vector_kernels() : nullptr;
+}
+
+// The constants of a tile as the vectorised loops take them.
+inline Factors factors_of(const PointwiseTile<float>& tile) {
+  return {tile.weight, tile.has_parameters ? tile.parameters[0] : nullptr};
+}
+
+// The sum of a tile by the vectorised loops; false: they do not take it.
+inline bool vector_forward(const VectorKernels& vector, const PointwiseTile<float>& tile,
+                           double& sum) {
+  if (tile.weight == nullptr && !tile.has_parameters) {
+    sum += vector.softplus_sum(tile);
+  } else if (tile.labels.kind != TargetKind::kSoft) {
+    sum += vector.weighted_softplus_sum(tile, factors_of(tile));
+  } else {
+    return false;
+  }
+  return true;
+}
+
+inline bool vector_backward(const VectorKernels& vector, const PointwiseTile<float>& tile,
+                            float scale, bool stream, void* gradients) {
+  if (tile.weight == nullptr && !tile.has_parameters) {
+    vector.softplus_gradients(tile, scale, stream, gradients);
+  } else if (tile.labels.kind != TargetKind::kSoft) {
+    vector.weighted_softplus_gradients(tile, factors_of(tile), scale, stream, gradients);
+  } else {
+    return false;
+  }
+  return true;
 }
 
 // ---- The whole matrix ----
@@ -466,9 +497,17 @@ inline bool counts(Reduction reduction) {
 
 // The part of a tile in the denominator.
 template <class Real>
-double counted(const PointwiseTile<Real>& tile, Reduction reduction) {
+double counted(const PointwiseTile<Real>& tile, Reduction reduction,
+               [[maybe_unused]] const VectorKernels* vector = nullptr) {
   const uint8_t* observed = tile.labels.observed;
   const uint32_t* observed_bits = tile.labels.observed_bits;
+  const bool is_masked = observed != nullptr || observed_bits != nullptr;
+  if constexpr (std::is_same_v<Real, float>) {
+    if (vector != nullptr && is_masked &&
+        (reduction == Reduction::kMean || tile.weight == nullptr)) {
+      return static_cast<double>(vector->count_observed(tile));
+    }
+  }
   if (observed_bits != nullptr) return count_bits(observed_bits, tile.count);
   if (reduction == Reduction::kMean || tile.weight == nullptr) {
     return observed == nullptr ? tile.count
@@ -538,13 +577,16 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
         for_tiles(piece, row, reader, [&](const Tile<Real>& labelled, int64_t begin) {
           Real* out = losses == nullptr ? nullptr : losses + row * problem.columns + begin;
           if (labelled.labels.empty && out == nullptr) return;
-          const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+          PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
           if constexpr (std::is_same_v<Real, float>) {
             if (vector != nullptr) {
-              sum.total += vector->softplus_sum(tile);
-              const LabelTile<Real>& labels = tile.labels;
-              const bool is_masked = labels.observed != nullptr || labels.observed_bits != nullptr;
-              sum.denominator += is_masked ? vector->count_observed(tile) : tile.count;
+              if (!vector_forward(*vector, tile, sum.total)) {
+                reader.decode(tile);
+                sum.total += forward(loss, tile, out);
+              }
+              if (counts(problem.reduction)) {
+                sum.denominator += counted(tile, problem.reduction, vector);
+              }
               return;
             }
           }
@@ -669,13 +711,15 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
           if (labelled.labels.empty) return zero_run(output, problem.element, offset, count);
           Real* gradients =
               problem.element == kElementOf<Real> ? static_cast<Real*>(output) + offset : buffer;
-          const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+          PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
           if constexpr (std::is_same_v<Real, float>) {
             if (vector != nullptr) {
-              sum.total += vector->softplus_sum(tile);
-              vector->softplus_gradients(tile, scale, false,
-                                         element_at(output, problem.element, offset));
-              return;
+              void* out = element_at(output, problem.element, offset);
+              if (vector_forward(*vector, tile, sum.total) &&
+                  vector_backward(*vector, tile, scale, false, out)) {
+                return;
+              }
+              reader.decode(tile);
             }
           }
           sum.total += forward(loss, tile, static_cast<Real*>(nullptr));
@@ -852,12 +896,12 @@ void backward_over_tiles(const PointwiseProblem& problem,
                                 ? static_cast<Real*>(grad_input) + offset
                                 : buffer;
           const int count = labelled.count;
-          const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+          PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
           if constexpr (std::is_same_v<Real, float>) {
             if (vector != nullptr) {
-              vector->softplus_gradients(tile, upstream.scale(), stream,
-                                         element_at(grad_input, problem.element, offset));
-              return;
+              void* out = element_at(grad_input, problem.element, offset);
+              if (vector_backward(*vector, tile, upstream.scale(), stream, out)) return;
+              reader.decode(tile);
             }
           }
           backward(loss, tile, upstream.scale(), gradients);

@@ -259,6 +259,7 @@ RowSums<double> sums_of_piece(const Problem& problem, const Piece& piece, int64_
                               RowReader<Real>& reader, const Sums& sums) {
   RunningSums running;
   RowSums<double> others = RowSums<double>::empty();
+  bool has_others = false;
   const VectorKernels* vector = reader.vector;
   for_row_tiles(problem, piece, row, reader.tiles, reader.entries, [&](Tile<Real> tile, int64_t) {
     if (tile.labels.empty) return;
@@ -267,9 +268,11 @@ RowSums<double> sums_of_piece(const Problem& problem, const Piece& piece, int64_
       if (vector != nullptr && !is_soft && vector->exponential_sums(tile, &running)) return;
     }
     if (vector != nullptr) reader.tiles.decode(tile);
-    others = combine(others, sums(tile));
+    others = has_others ? combine(others, sums(tile)) : sums(tile);
+    has_others = true;
   });
-  return vector == nullptr ? others : combine(running.scaled(), others);
+  if (vector == nullptr) return others;
+  return has_others ? combine(running.scaled(), others) : running.scaled();
 }
 
 // Combines the pieces of a row, the first of which is `parts`.

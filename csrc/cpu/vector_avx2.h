@@ -106,8 +106,11 @@ MLLOSS_VECTOR Floats exponential(Floats x) {
   return _mm256_andnot_ps(is_tiny, multiply(p, _mm256_castsi256_ps(power)));
 }
 
-// e^-|x|.
-MLLOSS_VECTOR Floats exponential_of_size(Floats x) { return exponential(minus_absolute(x)); }
+// e^-|x| of several vectors.
+template <int kCount>
+MLLOSS_VECTOR void exponentials_of_size(Floats (&x)[kCount]) {
+  for (int j = 0; j < kCount; ++j) x[j] = exponential(minus_absolute(x[j]));
+}
 
 // x = 2^exponent rest with rest in [sqrt(1/2), sqrt(2)), for normal x > 0.
 struct Parts {

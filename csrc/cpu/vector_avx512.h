@@ -97,27 +97,39 @@ MLLOSS_VECTOR void copy_padded(const void* source, int64_t count, int64_t padded
   }
 }
 
-MLLOSS_VECTOR Floats exponential_in_range(Floats x) {
-  const Floats k =
-      _mm512_roundscale_ps(multiply(x, all(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+constexpr float kLeastExponent = -150;  // its exponential comes out as 0; that of -inf would as NaN
+
+MLLOSS_VECTOR Floats nearest_integer(Floats x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// e^x for x <= 80 (or NaN).
+MLLOSS_VECTOR Floats exponential(Floats x) {
+  x = maximum(all(kLeastExponent), x);
+  const Floats k = nearest_integer(multiply(x, all(kLog2E)));
   const Floats r = _mm512_fnmadd_ps(k, all(kLn2), x);
   Floats p = all(kExponential[0]);
   for (int i = 1; i < 6; ++i) p = multiply_add(p, r, all(kExponential[i]));
   return _mm512_scalef_ps(p, k);
 }
 
-constexpr float kLeastExponent = -150;  // its exponential comes out as 0; that of -inf would as NaN
-
-// e^x for x <= 80 (or NaN).
-MLLOSS_VECTOR Floats exponential(Floats x) {
-  return exponential_in_range(maximum(all(kLeastExponent), x));
-}
-
-// e^-|x|, and 0 for NaN.
-MLLOSS_VECTOR Floats exponential_of_size(Floats x) {
-  // The smaller absolute value of two, with the sign set.
+// e^-|x|, and 0 for NaN, of several vectors. Step by step, so that what waits for each other does
+// not fill the CPU's queues: 5 to 10 % faster than vector by vector.
+template <int kCount>
+MLLOSS_VECTOR void exponentials_of_size(Floats (&x)[kCount]) {
   constexpr int kSmaller = 0b10, kSigned = 0b11;
-  return exponential_in_range(_mm512_range_ps(x, all(kLeastExponent), kSmaller | kSigned << 2));
+  Floats k[kCount], p[kCount];
+  for (int j = 0; j < kCount; ++j) {
+    // Of two numbers the one of the smaller size, with the sign set.
+    x[j] = _mm512_range_ps(x[j], all(kLeastExponent), kSmaller | kSigned << 2);
+  }
+  for (int j = 0; j < kCount; ++j) k[j] = nearest_integer(multiply(x[j], all(kLog2E)));
+  for (int j = 0; j < kCount; ++j) x[j] = _mm512_fnmadd_ps(k[j], all(kLn2), x[j]);
+  for (int j = 0; j < kCount; ++j) p[j] = all(kExponential[0]);
+  for (int i = 1; i < 6; ++i) {
+    for (int j = 0; j < kCount; ++j) p[j] = multiply_add(p[j], x[j], all(kExponential[i]));
+  }
+  for (int j = 0; j < kCount; ++j) x[j] = _mm512_scalef_ps(p[j], k[j]);
 }
 
 // x = 2^exponent rest with rest in [sqrt(1/2), sqrt(2)), for normal x > 0.

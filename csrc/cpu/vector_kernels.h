@@ -44,7 +44,7 @@ struct RunningSum {
   }
 
   ScaledSum<double> scaled() const {
-    if (is_empty()) return {largest, sum};  // 0, or NaN
+    if (is_empty() || shift == largest) return {largest, sum};  // empty: 0, or NaN
     return {largest, sum * std::exp(static_cast<double>(shift) - largest)};
   }
 };

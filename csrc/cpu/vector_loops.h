@@ -130,36 +130,35 @@ template <bool kSoft, class Stored>
 MLLOSS_VECTOR double softplus_sum_of(const Tile<float>& tile) {
   Floats q[kVectors], linear[kVectors];
   for (int j = 0; j < kVectors; ++j) q[j] = linear[j] = all(0);
-  const auto add_to_lane = [&](int j, Floats e, Floats part) MLLOSS_VECTOR_LAMBDA {
-    q[j] = multiply_add(q[j], e, add(q[j], e));
-    linear[j] = add(linear[j], part);
-  };
-  const auto add_soft = [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
-    for (int j = 0; j < kVectors; ++j) {
-      const Mask observed = mask_from(group.observed, j);
-      const Floats x = load(group.logits + j * kWidth);
-      const Floats y = load(group.soft + j * kWidth);
-      const Floats factor = subtract(select(is_negative(x), all(0), all(1)), y);
-      // Selected: an infinite logit on its right side costs 0.
-      const Floats part = select(is_zero(factor), all(0), multiply(factor, x));
-      add_to_lane(j, keep(observed, exponential_of_size(x)), keep(observed, part));
-    }
-  };
-  const auto add_hard = [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
-    with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-      for (int j = 0; j < kVectors; ++j) {
-        Floats x = load(group.logits + j * kWidth);
-        if (needs.flipped) x = flip_sign(mask_from(group.hard, j), x);
-        // A negative at -inf costs nothing.
-        if (needs.masked) x = select(mask_from(group.observed, j), x, all(-kInfinity<float>));
-        add_to_lane(j, exponential_of_size(x), maximum(all(0), x));
-      }
-    });
-  };
   for_groups<kSoft, true, Stored>(
       tile, [&](const Group<Stored>& group, int, int) MLLOSS_VECTOR_LAMBDA {
         if (group.observed == 0) return;  // common where few labels are observed
-        kSoft ? add_soft(group) : add_hard(group);
+        Floats e[kVectors];
+        if constexpr (kSoft) {
+          for (int j = 0; j < kVectors; ++j) {
+            const Mask observed = mask_from(group.observed, j);
+            const Floats x = load(group.logits + j * kWidth);
+            const Floats y = load(group.soft + j * kWidth);
+            const Floats factor = subtract(select(is_negative(x), all(0), all(1)), y);
+            // Selected: an infinite logit on its right side costs 0.
+            const Floats part = select(is_zero(factor), all(0), multiply(factor, x));
+            linear[j] = add(linear[j], keep(observed, part));
+            e[j] = select(observed, x, all(-kInfinity<float>));
+          }
+        } else {
+          with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+            for (int j = 0; j < kVectors; ++j) {
+              Floats x = load(group.logits + j * kWidth);
+              if (needs.flipped) x = flip_sign(mask_from(group.hard, j), x);
+              // A negative at -inf costs nothing.
+              if (needs.masked) x = select(mask_from(group.observed, j), x, all(-kInfinity<float>));
+              linear[j] = add(linear[j], maximum(all(0), x));
+              e[j] = x;
+            }
+          });
+        }
+        exponentials_of_size(e);
+        for (int j = 0; j < kVectors; ++j) q[j] = multiply_add(q[j], e[j], add(q[j], e[j]));
       });
   // A lane has seen kTile / kGroup elements, so q < 2^(kTile / kGroup): two lanes fit together
   // where that stays below what a float holds.
@@ -252,13 +251,17 @@ MLLOSS_VECTOR double weighted_softplus_sum_of(const Tile<float>& tile, const Fac
       tile, [&](const Group<Stored>& group, int begin, int) MLLOSS_VECTOR_LAMBDA {
         if (group.observed == 0) return;
         with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+          Floats x[kVectors], e[kVectors];
           for (int j = 0; j < kVectors; ++j) {
-            const Mask hard = mask_from(group.hard, j);
-            Floats x = load(group.logits + j * kWidth);
-            if (needs.flipped) x = flip_sign(hard, x);
-            const Floats logarithm = log1p_below_one(exponential_of_size(x));
-            Floats value = add(maximum(all(0), x), logarithm);
-            value = factors_at(factors, begin + j * kWidth).template times<needs.flipped>(hard, value);
+            x[j] = load(group.logits + j * kWidth);
+            if (needs.flipped) x[j] = flip_sign(mask_from(group.hard, j), x[j]);
+            e[j] = x[j];
+          }
+          exponentials_of_size(e);
+          for (int j = 0; j < kVectors; ++j) {
+            Floats value = add(maximum(all(0), x[j]), log1p_below_one(e[j]));
+            const FactorsOfVector own = factors_at(factors, begin + j * kWidth);
+            value = own.template times<needs.flipped>(mask_from(group.hard, j), value);
             if (needs.masked) value = keep(mask_from(group.observed, j), value);
             sum[j] = add(sum[j], value);
           }
@@ -282,7 +285,8 @@ MLLOSS_VECTOR void weighted_softplus_gradients_of(const Tile<float>& tile, const
             if (needs.flipped) x = flip_sign(hard, x);
             Floats value = scaled_sigmoid(x, all(scale));
             if (needs.flipped) value = flip_sign(hard, value);
-            value = factors_at(factors, begin + j * kWidth).template times<needs.flipped>(hard, value);
+            const FactorsOfVector own = factors_at(factors, begin + j * kWidth);
+            value = own.template times<needs.flipped>(hard, value);
             return needs.masked ? keep(mask_from(group.observed, j), value) : value;
           };
           store_group(gradient, begin, count, stream, out);
