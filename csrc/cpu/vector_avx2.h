@@ -24,8 +24,8 @@ MLLOSS_VECTOR void store_bits(__m256i bits, bool stream, void* out) {
     _mm256_storeu_si256(static_cast<__m256i*>(out), bits);
   }
 }
-// bf16 in the lower half of each element, rounded to nearest even. NaN stays NaN unless all its lower
-// 16 bits are set, see quiet_scale.
+// bf16 in the lower half of each element, rounded to nearest even. NaN stays NaN unless all its
+// lower 16 bits are set, see quiet_scale.
 MLLOSS_VECTOR __m256i round_bfloat16(Floats values) {
   const __m256i bits = _mm256_castps_si256(values);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -52,7 +52,7 @@ constexpr float kLog1p[] = {5.36542246e-3f,  -3.00683007e-2f, 7.92088285e-2f,
                             3.33213300e-1f,  -4.99996483e-1f, 1.0f};
 
 // Bytes from what is read to what is fetched: about as long as memory takes to answer.
-constexpr int kPrefetch = 8192;
+constexpr int kPrefetch = 16384;
 
 }  // namespace
 }  // namespace mlloss::cpu

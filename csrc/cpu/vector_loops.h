@@ -23,8 +23,8 @@ struct Group {
   uint64_t observed = kFull;
 };
 
-// Calls body(group, begin, count) for the groups of a tile. kSoft: with soft targets. kFetches: also
-// fetches ahead what memory holds behind the tile.
+// Calls body(group, begin, count) for the groups of a tile. kSoft: with soft targets. kFetches:
+// also fetches ahead what memory holds behind the tile.
 template <bool kSoft, bool kFetches, class Stored, class Body>
 MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Body& body) {
   const auto* logits = static_cast<const Stored*>(tile.stored);
@@ -468,8 +468,7 @@ __attribute__((MLLOSS_TARGET)) void weighted_softplus_gradients(const Tile<float
   });
 }
 
-__attribute__((MLLOSS_TARGET)) bool exponential_sums(const Tile<float>& tile,
-                                                     RunningSums* sums) {
+__attribute__((MLLOSS_TARGET)) bool exponential_sums(const Tile<float>& tile, RunningSums* sums) {
   bool done = false;
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     done = exponential_sums_of<decltype(stored)>(tile, sums);
@@ -501,13 +500,8 @@ __attribute__((MLLOSS_TARGET)) int64_t count_observed(const Tile<float>& tile) {
 
 __attribute__((MLLOSS_TARGET)) void fence() { _mm_sfence(); }
 
-constexpr VectorKernels kKernels = {softplus_sum,
-                                    softplus_gradients,
-                                    weighted_softplus_sum,
-                                    weighted_softplus_gradients,
-                                    exponential_sums,
-                                    exponential_gradients,
-                                    count_observed,
-                                    fence};
+constexpr VectorKernels kKernels = {
+    softplus_sum,     softplus_gradients,    weighted_softplus_sum, weighted_softplus_gradients,
+    exponential_sums, exponential_gradients, count_observed,        fence};
 
 #undef MLLOSS_VECTOR_LAMBDA
