@@ -86,6 +86,22 @@ MLLOSS_CLONES void expand(const uint32_t* words, int count, uint8_t* bytes) {
   }
 }
 
+// The bits of short rows, which begin at a word each, as bytes one behind the other. `bytes` has
+// room for a word's more.
+MLLOSS_CLONES void expand_rows(const uint32_t* words, int64_t row_stride, int rows, int columns,
+                               uint8_t* bytes) {
+  for (int r = 0; r < rows; ++r) {
+    for (int begin = 0; begin < columns; begin += kWordBits) {
+      const uint32_t word = words[begin / kWordBits];
+      // What is written beyond the row is overwritten by the next one.
+#pragma omp simd
+      for (int i = 0; i < kWordBits; ++i) bytes[begin + i] = word >> i & 1u;
+    }
+    words += row_stride;
+    bytes += columns;
+  }
+}
+
 MLLOSS_CLONES int count_bytes(const uint8_t* bytes, int count) {
   int total = 0;
 #pragma omp simd reduction(+ : total)
@@ -234,6 +250,45 @@ bool SparseRow::start(const Labels& labels, int64_t row, int64_t begin, int64_t 
   return valid;
 }
 
+template <class Index>
+bool SparseRow::scan_rows(const Index* indices, const Labels& labels, int64_t row, int rows,
+                          int64_t columns) {
+  const auto* offsets = static_cast<const Index*>(labels.offsets) + row;
+  bool valid = offsets[0] >= 0 && offsets[rows] <= labels.entries;
+  for (int r = 0; r < rows; ++r) valid &= offsets[r] <= offsets[r + 1];
+  if (!valid) return false;
+  const int64_t first = offsets[0];
+  const bool has_values = labels.values != nullptr;
+  columns_.resize(offsets[rows] - first);
+  values_.resize(has_values ? columns_.size() : 0);
+  for (size_t begin = 0; begin < values_.size(); begin += kTile) {
+    const int run = static_cast<int>(std::min<size_t>(kTile, values_.size() - begin));
+    load(labels.values, labels.values_element, first + begin, 1, run, values_.data() + begin);
+  }
+  size_t count = 0;
+  for (int r = 0; r < rows; ++r) {
+    for (int64_t i = offsets[r]; i < offsets[r + 1]; ++i) {
+      const int64_t column = indices[i];
+      valid &= column < columns;
+      // Overwritten by the next one if it is padding.
+      columns_[count] = r * columns + column;
+      if (has_values) values_[count] = checked_value(values_[i - first]);
+      count += column >= 0;
+    }
+  }
+  columns_.resize(count);
+  if (has_values) values_.resize(count);
+  return valid;
+}
+
+bool SparseRow::start_rows(const Labels& labels, int64_t row, int rows, int64_t columns) {
+  cursor_ = 0;
+  tile_ = 0;
+  return labels.element == Element::kInt32
+             ? scan_rows(static_cast<const int32_t*>(labels.data), labels, row, rows, columns)
+             : scan_rows(static_cast<const int64_t*>(labels.data), labels, row, rows, columns);
+}
+
 SparseRow::Range SparseRow::next() {
   const size_t first = cursor_;
   const int64_t end = ++tile_ * kTile;
@@ -309,12 +364,24 @@ bool SparseSet::start(const Labels& labels, int64_t row, int64_t columns) {
 template <class Real>
 void LabelReader<Real>::start_row(int64_t row, int64_t begin, int64_t end) {
   row_ = row;
+  rows_ = 1;
   const bool target_is_valid =
       !is_sparse(problem_.target) ||
       target_row_.start(problem_.target, row, begin, end, problem_.columns);
   mask_is_valid_ = !is_sparse(problem_.mask) ||
                    mask_row_.start(problem_.mask, row, begin, end, problem_.columns);
   row_is_valid_ = target_is_valid && mask_is_valid_;
+}
+
+template <class Real>
+bool LabelReader<Real>::start_rows(int64_t row, int rows) {
+  row_ = row;
+  rows_ = rows;
+  row_is_valid_ = mask_is_valid_ = true;
+  return (!is_sparse(problem_.target) ||
+          target_row_.start_rows(problem_.target, row, rows, problem_.columns)) &&
+         (!is_sparse(problem_.mask) ||
+          mask_row_.start_rows(problem_.mask, row, rows, problem_.columns));
 }
 
 template <class Real>
@@ -344,7 +411,7 @@ void LabelReader<Real>::read_target(int64_t begin, int count, LabelTile<Real>& t
   }
   const auto [first, last, values] = target_row_.next();
   if (first == last) return;
-  if (carrier_ == Carrier::kBits) {
+  if (carrier_ == Carrier::kBits && rows_ == 1) {
     mark(first, last, count, hard_bits_);
     tile.kind = TargetKind::kHard;
     tile.hard_bits = hard_bits_;
@@ -369,6 +436,12 @@ void LabelReader<Real>::read_target(int64_t begin, int count, LabelTile<Real>& t
 template <class Real>
 void LabelReader<Real>::read_packed_target(int64_t begin, int count, LabelTile<Real>& tile) {
   const uint32_t* words = words_of(problem_.target, row_) + begin / kWordBits;
+  if (rows_ > 1) {
+    loops::expand_rows(words, problem_.target.row_stride, rows_, problem_.columns, hard_);
+    tile.kind = TargetKind::kHard;
+    tile.hard = hard_;
+    return;
+  }
   if (examine(words, count) == Bits::kNone) return;
   tile.kind = TargetKind::kHard;
   if (carrier_ == Carrier::kBits) {
@@ -385,14 +458,19 @@ void LabelReader<Real>::read_dense_target(int64_t begin, int count, LabelTile<Re
   const int64_t offset = row_ * target.row_stride + begin * target.column_stride;
   const bool is_byte = target.element == Element::kBool || target.element == Element::kUint8;
   if (is_byte && target.column_stride == 1) {
-    const uint8_t* bytes = static_cast<const uint8_t*>(target.data) + offset;
+    const uint8_t* bytes = bytes_of(target, begin, count, hard_);
     if (target.element == Element::kBool || loops::are_zero_or_one(bytes, count)) {
       tile.kind = TargetKind::kHard;
       tile.hard = bytes;
       return;
     }
   }
-  load(target.data, target.element, offset, target.column_stride, count, soft_);
+  if (rows_ > 1) {
+    load_rows(target.data, target.element, offset, target.row_stride, target.column_stride, rows_,
+              static_cast<int>(problem_.columns), soft_);
+  } else {
+    load(target.data, target.element, offset, target.column_stride, count, soft_);
+  }
   if (problem_.has_ignored) {
     loops::compare(soft_, count, problem_.ignored, not_ignored_);
     tile.observed = not_ignored_;
@@ -407,12 +485,28 @@ void LabelReader<Real>::read_dense_target(int64_t begin, int count, LabelTile<Re
   }
 }
 
+// The bytes of a tile: as they lie there, or one behind the other in `buffer`.
+template <class Real>
+const uint8_t* LabelReader<Real>::bytes_of(const Labels& labels, int64_t begin, int count,
+                                           uint8_t* buffer) const {
+  const int64_t stride = labels.column_stride;
+  const auto* source =
+      static_cast<const uint8_t*>(labels.data) + row_ * labels.row_stride + begin * stride;
+  if (stride == 1 && (rows_ == 1 || labels.row_stride == problem_.columns)) return source;
+  const int columns = count / rows_;
+  for (int r = 0; r < rows_; ++r) {
+    for (int i = 0; i < columns; ++i) buffer[r * columns + i] = source[i * stride];
+    source += labels.row_stride;
+  }
+  return buffer;
+}
+
 template <class Real>
 void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& tile) {
   const Labels& mask = problem_.mask;
   if (mask.data == nullptr) return;
   // The targets of an invalid row are numbers, beside which the loops take bytes.
-  const bool as_bits = carrier_ == Carrier::kBits && row_is_valid_;
+  const bool as_bits = carrier_ == Carrier::kBits && row_is_valid_ && rows_ == 1;
   const uint8_t* bytes = observed_;
   if (mask.format == Format::kSparse) {
     const auto [first, last, values] = mask_row_.next();
@@ -426,22 +520,20 @@ void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& til
     for (auto column = first; column != last; ++column) observed_[*column % kTile] = 1;
   } else if (mask.format == Format::kPacked) {
     const uint32_t* words = words_of(mask, row_) + begin / kWordBits;
-    const Bits bits = examine(words, count);
-    if (bits == Bits::kAll) return;
-    tile.empty = bits == Bits::kNone;
-    if (as_bits) {
-      tile.observed_bits = words;
-      return;
-    }
-    loops::expand(words, words_for(count), observed_);
-  } else {
-    const uint8_t* source = static_cast<const uint8_t*>(mask.data) + row_ * mask.row_stride +
-                            begin * mask.column_stride;
-    if (mask.column_stride == 1) {
-      bytes = source;
+    if (rows_ > 1) {
+      loops::expand_rows(words, mask.row_stride, rows_, count / rows_, observed_);
     } else {
-      for (int i = 0; i < count; ++i) observed_[i] = source[i * mask.column_stride];
+      const Bits bits = examine(words, count);
+      if (bits == Bits::kAll) return;
+      tile.empty = bits == Bits::kNone;
+      if (as_bits) {
+        tile.observed_bits = words;
+        return;
+      }
+      loops::expand(words, words_for(count), observed_);
     }
+  } else {
+    bytes = bytes_of(mask, begin, count, observed_);
   }
   if (tile.observed != nullptr) {
     loops::both(tile.observed, bytes, count, observed_);

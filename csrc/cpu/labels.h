@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -11,6 +12,20 @@ namespace mlloss::cpu {
 
 // Columns that are decoded at a time: a tile of logits, targets and mask stays in the L1 cache.
 constexpr int kTile = 2048;
+
+// Rows that are read as one tile. A row costs as much as a tile of its own, unless it is short and
+// lies behind the one before.
+inline int rows_at_once(const Problem& problem) {
+  const int64_t columns = problem.columns;
+  if (problem.rows <= 1 || columns == 0 || columns > kTile / 2) return 1;
+  const int rows = kTile / static_cast<int>(columns);
+  // As many as make whole groups of what the vectorised loops take at a time, if that leaves out
+  // few: then a tile also begins where a cache line does.
+  constexpr int kElements = 64;
+  const int step = kElements / std::gcd(kElements, static_cast<int>(columns));
+  const int whole = rows / step * step;
+  return whole >= rows - rows / 8 ? whole : rows;
+}
 
 enum class TargetKind { kNone, kHard, kSoft };
 
@@ -46,6 +61,9 @@ class SparseRow {
   // Returns false if the row has an index beyond `columns` or invalid offsets.
   bool start(const Labels& labels, int64_t row, int64_t begin, int64_t end, int64_t columns);
 
+  // The same for several rows that are one tile.
+  bool start_rows(const Labels& labels, int64_t row, int rows, int64_t columns);
+
   // The entries of the next tile, from left to right.
   struct Range {
     const int64_t* first;  // columns, counted from the beginning of the range
@@ -58,6 +76,9 @@ class SparseRow {
   template <class Index>
   bool scan(const Index* indices, const Labels& labels, int64_t first, int64_t last, int64_t begin,
             int64_t end, int64_t columns);
+  template <class Index>
+  bool scan_rows(const Index* indices, const Labels& labels, int64_t row, int rows,
+                 int64_t columns);
   void order_by_tile(int64_t tiles);
 
   std::vector<int64_t> columns_, ordered_columns_;
@@ -104,6 +125,10 @@ class LabelReader {
   // Columns [begin, end) of a row follow.
   void start_row(int64_t row, int64_t begin, int64_t end);
 
+  // All columns of `rows` rows follow, as one tile that begins at 0; hard targets and masks come as
+  // bytes. Returns false if the labels of a row cannot be told: then they go row by row.
+  bool start_rows(int64_t row, int rows);
+
   // The next `count` <= kTile columns, from left to right.
   LabelTile<Real> tile(int64_t begin, int count);
 
@@ -115,19 +140,21 @@ class LabelReader {
   void read_dense_target(int64_t begin, int count, LabelTile<Real>& tile);
   void read_packed_target(int64_t begin, int count, LabelTile<Real>& tile);
   void read_mask(int64_t begin, int count, LabelTile<Real>& tile);
+  const uint8_t* bytes_of(const Labels& labels, int64_t begin, int count, uint8_t* buffer) const;
 
   const Problem& problem_;
   const bool prefer_hard_;
   const Carrier carrier_;
   int64_t row_ = 0;
+  int rows_ = 1;
   bool row_is_valid_ = true;
   bool mask_is_valid_ = true;
   SparseRow target_row_;
   SparseRow mask_row_;
-  alignas(64) Real soft_[kTile];
-  alignas(64) uint8_t hard_[kTile];
+  alignas(64) Real soft_[kTile + kPadding];
+  alignas(64) uint8_t hard_[kTile + kPadding];
   alignas(64) uint8_t not_ignored_[kTile];
-  alignas(64) uint8_t observed_[kTile];
+  alignas(64) uint8_t observed_[kTile + kPadding];
   alignas(64) uint32_t hard_bits_[kTile / kWordBits];
   alignas(64) uint32_t observed_bits_[kTile / kWordBits];
 };
