@@ -61,9 +61,6 @@ class SparseRow {
   // Returns false if the row has an index beyond `columns` or invalid offsets.
   bool start(const Labels& labels, int64_t row, int64_t begin, int64_t end, int64_t columns);
 
-  // The same for several rows that are one tile.
-  bool start_rows(const Labels& labels, int64_t row, int rows, int64_t columns);
-
   // The entries of the next tile, from left to right.
   struct Range {
     const int64_t* first;  // columns, counted from the beginning of the range
@@ -76,9 +73,6 @@ class SparseRow {
   template <class Index>
   bool scan(const Index* indices, const Labels& labels, int64_t first, int64_t last, int64_t begin,
             int64_t end, int64_t columns);
-  template <class Index>
-  bool scan_rows(const Index* indices, const Labels& labels, int64_t row, int rows,
-                 int64_t columns);
   void order_by_tile(int64_t tiles);
 
   std::vector<int64_t> columns_, ordered_columns_;
@@ -87,6 +81,27 @@ class SparseRow {
   bool is_ordered_ = true;
   int64_t tile_ = 0;
   size_t cursor_ = 0;
+};
+
+// The entries of several short sparse rows, which are one tile.
+class SparseRows {
+ public:
+  // Returns false if a row has an index beyond `columns` or invalid offsets.
+  bool start(const Labels& labels, int64_t row, int rows, int columns);
+
+  // Padding among the entries stands here, behind the tile.
+  static constexpr int kNowhere = kTile;
+
+  size_t size() const { return places_.size(); }
+  const int32_t* places() const { return places_.data(); }  // in the tile; may repeat
+  const double* values() const { return values_.empty() ? nullptr : values_.data(); }
+
+ private:
+  template <class Index>
+  bool scan(const Index* indices, const Labels& labels, int64_t row, int rows, int columns);
+
+  std::vector<int32_t> places_;
+  std::vector<double> values_;  // infinity where invalid
 };
 
 // The entries of one sparse row as a set: sorted, without duplicates.
@@ -137,6 +152,7 @@ class LabelReader {
 
  private:
   void read_target(int64_t begin, int count, LabelTile<Real>& tile);
+  void read_sparse_targets(int count, LabelTile<Real>& tile);
   void read_dense_target(int64_t begin, int count, LabelTile<Real>& tile);
   void read_packed_target(int64_t begin, int count, LabelTile<Real>& tile);
   void read_mask(int64_t begin, int count, LabelTile<Real>& tile);
@@ -146,11 +162,13 @@ class LabelReader {
   const bool prefer_hard_;
   const Carrier carrier_;
   int64_t row_ = 0;
-  int rows_ = 1;
+  int rows_ = 0;  // of a tile of several rows; 0: tiles of one row
   bool row_is_valid_ = true;
   bool mask_is_valid_ = true;
   SparseRow target_row_;
   SparseRow mask_row_;
+  SparseRows target_rows_;
+  SparseRows mask_rows_;
   alignas(64) Real soft_[kTile + kPadding];
   alignas(64) uint8_t hard_[kTile + kPadding];
   alignas(64) uint8_t not_ignored_[kTile];
