@@ -8,8 +8,8 @@
 
 namespace mlloss::cpu {
 
-// Rows that are finished together: several vectors of them.
-constexpr int kShortRowRun = 64;
+// Rows that are finished together: a vector of them.
+constexpr int kShortRowRun = 16;
 
 // Short rows, one behind the other.
 struct ShortRowTile {

@@ -32,35 +32,45 @@ struct GradientTarget {
 
 // ---- Loops over rows, compiled for each instruction set ----
 
+// Results of a few rows, one array each so that vectors can be stored.
+struct FinishedRows {
+  alignas(64) float losses[kShortRowRun];
+  alignas(64) float positive_shifts[kShortRowRun], positive_factors[kShortRowRun];
+  alignas(64) float negative_shifts[kShortRowRun], negative_factors[kShortRowRun];
+};
+
+// A function of its own: in the loop, compilers would keep `statistics` in memory.
+template <class Loss>
+MLLOSS_INLINE void finish_row(const ShortRowSums& sums, int row, float threshold, FinishedRows& out,
+                              int place) {
+  RowStatistics<float> statistics;
+  out.losses[place] = Loss::finish(
+      ScaledSum<float>{sums.positive_largest[row], sums.positive_sum[row]},
+      ScaledSum<float>{sums.negative_largest[row], sums.negative_sum[row]}, threshold, &statistics);
+  out.positive_shifts[place] = statistics.positive_shift;
+  out.positive_factors[place] = statistics.positive_factor;
+  out.negative_shifts[place] = statistics.negative_shift;
+  out.negative_factors[place] = statistics.negative_factor;
+}
+
 // Losses and statistics of rows from their sums. Returns false if any of them is not finite.
 template <class Loss>
 MLLOSS_INLINE bool finish_rows(const ShortRowSums& sums, const float* thresholds, int rows,
                                float* losses, RowStatistics<float>* statistics) {
   int odd = 0;
-  alignas(64) float positive_shifts[kShortRowRun], positive_factors[kShortRowRun];
-  alignas(64) float negative_shifts[kShortRowRun], negative_factors[kShortRowRun];
+  FinishedRows run;
   for (int begin = 0; begin < rows; begin += kShortRowRun) {
     // A whole run, so that there is no remainder; what lies beyond the rows is not used.
-#pragma omp simd reduction(| : odd)
+#pragma omp simd
     for (int j = 0; j < kShortRowRun; ++j) {
-      const int r = begin + j;
-      RowStatistics<float> own;
-      const float loss = Loss::finish(
-          ScaledSum<float>{sums.positive_largest[r], sums.positive_sum[r]},
-          ScaledSum<float>{sums.negative_largest[r], sums.negative_sum[r]}, thresholds[r], &own);
-      losses[r] = loss;
-      positive_shifts[j] = own.positive_shift;
-      positive_factors[j] = own.positive_factor;
-      negative_shifts[j] = own.negative_shift;
-      negative_factors[j] = own.negative_factor;
-      const bool is_finite =
-          (absolute(loss) < kInfinity<float>)&(absolute(thresholds[r]) < kInfinity<float>);
-      odd |= (r < rows) & !is_finite;
+      finish_row<Loss>(sums, begin + j, thresholds[begin + j], run, j);
     }
-    const int run = std::min(kShortRowRun, rows - begin);
-    for (int j = 0; j < run; ++j) {
-      statistics[begin + j] = {positive_shifts[j], positive_factors[j], negative_shifts[j],
-                               negative_factors[j]};
+    const int count = std::min(kShortRowRun, rows - begin);
+    for (int j = 0; j < count; ++j) {
+      odd |= !(absolute(run.losses[j]) < kInfinity<float>);
+      losses[begin + j] = run.losses[j];
+      statistics[begin + j] = {run.positive_shifts[j], run.positive_factors[j],
+                               run.negative_shifts[j], run.negative_factors[j]};
     }
   }
   return odd == 0;
@@ -121,9 +131,9 @@ class ShortRows<Loss, float> {
     if (!kernels_->gradients(tile_, statistics, scales_, gradients_)) return false;
     if constexpr (Loss::kHasThreshold) {
       auto* out = static_cast<float*>(target.threshold) + row;
+#pragma omp simd
       for (int r = 0; r < rows; ++r) {
-        // Finite here, or row by row: a statistic of it would not be finite.
-        const float derivative = Loss::threshold_gradient(statistics[r], thresholds_[r]);
+        const float derivative = Loss::finite_threshold_gradient(statistics[r], thresholds_[r]);
         out[r] = scales_[r] == 0 ? 0.0f : static_cast<float>(scales_[r] * derivative);
       }
     }
@@ -160,6 +170,9 @@ class ShortRows<Loss, float> {
       const Strided& threshold = problem_.threshold;
       load(threshold.data, threshold.element, row * threshold.row_stride, threshold.row_stride,
            rows, thresholds_);
+      bool is_finite = true;
+      for (int r = 0; r < rows; ++r) is_finite &= absolute(thresholds_[r]) < kInfinity<float>;
+      return is_finite;
     }
     return true;
   }

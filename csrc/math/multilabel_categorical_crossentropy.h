@@ -152,6 +152,13 @@ struct MultilabelCategoricalCrossentropy {
            statistics.positive_factor * Real(std::exp(-threshold - statistics.positive_shift));
   }
 
+  // The same of a finite threshold, which is not beyond the shifts.
+  MLLOSS_MATH static float finite_threshold_gradient(const RowStatistics<float>& statistics,
+                                                     float threshold) {
+    return statistics.negative_factor * exp_nonpositive(threshold - statistics.negative_shift) -
+           statistics.positive_factor * exp_nonpositive(-threshold - statistics.positive_shift);
+  }
+
  private:
   // softplus(log-sum - own) = log(e^own + e^(log-sum)) - own, and that log-sum-exp's parts.
   template <class Sum, class Real>
