@@ -106,6 +106,24 @@ MLLOSS_VECTOR Floats exponential(Floats x) {
   return _mm256_andnot_ps(is_tiny, multiply(p, _mm256_castsi256_ps(power)));
 }
 
+// e^x - 1 for x <= 0 (or NaN).
+MLLOSS_VECTOR Floats expm1_of(Floats x) {
+  x = maximum(all(-87), x);
+  const Floats round = all(12582912.0f);
+  const Floats shifted = multiply_add(x, all(kLog2E), round);
+  const Floats r = _mm256_fnmadd_ps(subtract(shifted, round), all(kLn2), x);
+  Floats p = all(kExponential[0]);
+  for (int i = 1; i < 5; ++i) p = multiply_add(p, r, all(kExponential[i]));
+  const Floats power = _mm256_castsi256_ps(_mm256_add_epi32(
+      _mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
+  return multiply_add(multiply(p, r), power, subtract(power, all(1)));
+}
+
+// Whether some element of x is greater than that of y, or not a number.
+MLLOSS_VECTOR bool any_not_less(Floats x, Floats y) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_NLE_UQ)) != 0;
+}
+
 // e^-|x| of several vectors.
 template <int kCount>
 MLLOSS_VECTOR void exponentials_of_size(Floats (&x)[kCount]) {

@@ -113,6 +113,22 @@ MLLOSS_VECTOR Floats exponential(Floats x) {
   return _mm512_scalef_ps(p, k);
 }
 
+// e^x - 1 for x <= 0 (or NaN).
+MLLOSS_VECTOR Floats expm1_of(Floats x) {
+  x = maximum(all(kLeastExponent), x);
+  const Floats k = nearest_integer(multiply(x, all(kLog2E)));
+  const Floats r = _mm512_fnmadd_ps(k, all(kLn2), x);
+  Floats p = all(kExponential[0]);
+  for (int i = 1; i < 5; ++i) p = multiply_add(p, r, all(kExponential[i]));
+  const Floats power = _mm512_scalef_ps(all(1), k);
+  return multiply_add(multiply(p, r), power, subtract(power, all(1)));
+}
+
+// Whether some element of x is greater than that of y, or not a number.
+MLLOSS_VECTOR bool any_not_less(Floats x, Floats y) {
+  return _mm512_cmp_ps_mask(x, y, _CMP_NLE_UQ) != 0;
+}
+
 // e^-|x|, and 0 for NaN, of several vectors. Step by step, so that what waits for each other does
 // not fill the CPU's queues: 5 to 10 % faster than vector by vector.
 template <int kCount>

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "cpu/isa.h"
+#include "cpu/short_row_kernels.h"
 #include "math/scalar.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -63,6 +64,7 @@ namespace mlloss::cpu::avx512 {
 namespace {
 #include "cpu/vector_avx512.h"
 #include "cpu/vector_loops.h"
+#include "cpu/vector_short_rows.h"
 }  // namespace
 }  // namespace mlloss::cpu::avx512
 #undef MLLOSS_TARGET
@@ -72,6 +74,7 @@ namespace mlloss::cpu::avx2 {
 namespace {
 #include "cpu/vector_avx2.h"
 #include "cpu/vector_loops.h"
+#include "cpu/vector_short_rows.h"
 }  // namespace
 }  // namespace mlloss::cpu::avx2
 
@@ -97,6 +100,13 @@ const VectorKernels* vector_kernels() {
   return kernels;
 }
 
+const ShortRowKernels* short_row_kernels() {
+  const VectorKernels* kernels = vector_kernels();
+  return kernels == &avx512::kKernels ? &avx512::kShortRowKernels
+         : kernels == &avx2::kKernels ? &avx2::kShortRowKernels
+                                      : nullptr;
+}
+
 }  // namespace mlloss::cpu
 
 #else
@@ -104,6 +114,7 @@ const VectorKernels* vector_kernels() {
 namespace mlloss::cpu {
 
 const VectorKernels* vector_kernels() { return nullptr; }
+const ShortRowKernels* short_row_kernels() { return nullptr; }
 
 }  // namespace mlloss::cpu
 

@@ -18,6 +18,26 @@ struct Factors {
   const float* positive;  // of positives, beside the weight
 };
 
+// What the whole part of a power is multiplied out of, see math/power.h.
+struct WholePower {
+  float ones, twos, fours;  // each 0 or 1
+};
+
+// See math/sigmoid_focal_loss.h.
+struct FocalConstants {
+  float positive_factor, negative_factor;
+  float gamma;
+  WholePower power;
+};
+
+// See math/asymmetric_loss.h.
+struct AsymmetricConstants {
+  WholePower negative_power, positive_power;
+  float negative_slope, positive_slope;
+  float clip, rest;
+  float logit_high, logit_low;
+};
+
 // A sum of e^x over what has been seen of one side of a row, as e^shift * sum. The shift was the
 // largest x of some tile and is raised only when one is so much larger that floats might overflow:
 // so there is seldom anything to rescale.
@@ -65,6 +85,15 @@ struct VectorKernels {
   double (*weighted_softplus_sum)(const Tile<float>& tile, const Factors& factors);
   void (*weighted_softplus_gradients)(const Tile<float>& tile, const Factors& factors, float scale,
                                       bool stream, void* gradients);
+  // For hard targets; `weight` as in Factors.
+  double (*focal_sum)(const Tile<float>& tile, const float* weight, const FocalConstants& loss);
+  void (*focal_gradients)(const Tile<float>& tile, const float* weight, const FocalConstants& loss,
+                          float scale, bool stream, void* gradients);
+  double (*asymmetric_sum)(const Tile<float>& tile, const float* weight,
+                           const AsymmetricConstants& loss);
+  void (*asymmetric_gradients)(const Tile<float>& tile, const float* weight,
+                               const AsymmetricConstants& loss, float scale, bool stream,
+                               void* gradients);
   // For hard targets. Return false, with nothing written, if infinite logits need the other loops.
   // The first adds to sums over the tiles before.
   bool (*exponential_sums)(const Tile<float>& tile, RunningSums* sums);

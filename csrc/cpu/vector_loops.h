@@ -294,6 +294,186 @@ MLLOSS_VECTOR void weighted_softplus_gradients_of(const Tile<float>& tile, const
       });
 }
 
+// ---- Focal and asymmetric loss ----
+
+// value where the bit is 1, and 1 where it is 0.
+MLLOSS_VECTOR Floats one_or(float bit, Floats value) {
+  return multiply_add(all(bit), value, all(1 - bit));
+}
+
+// base^power, as in math/power.h.
+MLLOSS_VECTOR Floats power_of(const WholePower& power, Floats base) {
+  const Floats square = multiply(base, base);
+  return multiply(multiply(one_or(power.ones, base), one_or(power.twos, square)),
+                  one_or(power.fours, multiply(square, square)));
+}
+
+// What losses of this kind are made of, of logits x.
+struct Sigmoid {
+  Floats p, q;       // sigmoid(x), sigmoid(-x)
+  Floats logarithm;  // log(1 + e^-|x|)
+
+  MLLOSS_VECTOR explicit Sigmoid(Floats x) {
+    const Floats e = exponential(minus_absolute(x));
+    const Floats large = divide(all(1), add(all(1), e)), small = multiply(e, large);
+    p = select(is_negative(x), small, large);
+    q = select(is_negative(x), large, small);
+    logarithm = log1p_below_one(e);
+  }
+};
+
+// The loss of a vector, and its derivative by x.
+struct FocalLoss {
+  FocalConstants loss;
+
+  MLLOSS_VECTOR bool is_zero_for([[maybe_unused]] const Floats (&x)[kVectors]) const {
+    return false;
+  }
+
+  template <bool kFlipped>
+  MLLOSS_VECTOR Floats factor(Mask hard) const {
+    const Floats negative = all(loss.negative_factor);
+    return kFlipped ? select(hard, all(loss.positive_factor), negative) : negative;
+  }
+
+  template <bool kFlipped>
+  MLLOSS_VECTOR Floats value(Floats x, Mask hard) const {
+    const Floats z = kFlipped ? flip_sign(hard, x) : x;
+    const Sigmoid sigmoid(z);
+    const Floats weight = multiply(factor<kFlipped>(hard), power_of(loss.power, sigmoid.p));
+    const Floats product = multiply(weight, add(maximum(all(0), z), sigmoid.logarithm));
+    return select(is_zero(weight), all(0), product);
+  }
+
+  template <bool kFlipped>
+  MLLOSS_VECTOR Floats derivative(Floats x, Mask hard) const {
+    const Floats z = kFlipped ? flip_sign(hard, x) : x;
+    const Sigmoid sigmoid(z);
+    const Floats weight = multiply(factor<kFlipped>(hard), power_of(loss.power, sigmoid.p));
+    const Floats softplus = add(maximum(all(0), z), sigmoid.logarithm);
+    // q softplus(z) -> 0 where softplus(z) is infinite.
+    const Floats product = multiply(multiply(all(loss.gamma), sigmoid.q), softplus);
+    const Floats tail = select(is_zero(sigmoid.q), all(0), product);
+    const Floats slope = multiply(weight, add(sigmoid.p, tail));
+    return kFlipped ? flip_sign(hard, slope) : slope;
+  }
+};
+
+struct AsymmetricLoss {
+  AsymmetricConstants loss;
+
+  // Negatives with p <= clip cost nothing: many, as training goes on.
+  MLLOSS_VECTOR bool is_zero_for(const Floats (&x)[kVectors]) const {
+    const Floats logit = all(loss.logit_high);
+    return !any_not_less(
+        maximum(maximum(maximum(logit, x[0]), x[1]), maximum(maximum(logit, x[2]), x[3])), logit);
+  }
+
+  struct Negative {
+    Floats pm;         // max(p - clip, 0)
+    Floats logarithm;  // -log(1 - pm)
+  };
+  MLLOSS_VECTOR Negative negative_of(Floats x, const Sigmoid& sigmoid) const {
+    const Floats d = subtract(subtract(x, all(loss.logit_high)), all(loss.logit_low));
+    // 1 - e^-d for d > 0
+    const Floats rise = negate(expm1_of(negate(maximum(all(0), d))));
+    const Floats pm = multiply(sigmoid.p, multiply(all(loss.rest), rise));
+    const Floats ratio = divide(pm, add(sigmoid.q, all(loss.clip)));
+    const Floats rising = add(maximum(all(0), x), sigmoid.logarithm);
+    const Mask is_huge = is_negative(subtract(all(1e30f), ratio));
+    return {pm, select(is_huge, rising, log1p_of(ratio))};
+  }
+
+  template <bool kFlipped>
+  MLLOSS_VECTOR Floats value(Floats x, Mask hard) const {
+    const Sigmoid sigmoid(x);
+    const Negative negative = negative_of(x, sigmoid);
+    const Floats value = multiply(power_of(loss.negative_power, negative.pm), negative.logarithm);
+    if (!kFlipped) return value;
+    const Floats falling = add(maximum(all(0), negate(x)), sigmoid.logarithm);
+    return select(hard, multiply(power_of(loss.positive_power, sigmoid.q), falling), value);
+  }
+
+  template <bool kFlipped>
+  MLLOSS_VECTOR Floats derivative(Floats x, Mask hard) const {
+    const Sigmoid sigmoid(x);
+    const Negative negative = negative_of(x, sigmoid);
+    const Floats per_probability = divide(negative.logarithm, negative.pm);
+    const Floats product = multiply(
+        multiply(multiply(all(loss.negative_slope), per_probability), sigmoid.p), sigmoid.q);
+    const Floats tail = select(is_zero(sigmoid.q), all(0), product);
+    // q / (1 - pm), which is 1 without clip, also where q is 0.
+    constexpr float kTiny = 1.17549435e-38f;
+    const Floats share = divide(add(sigmoid.q, all(kTiny)), add(sigmoid.q, all(loss.clip + kTiny)));
+    const Floats slope =
+        multiply(power_of(loss.negative_power, negative.pm), multiply_add(sigmoid.p, share, tail));
+    const Floats on_negative = select(is_zero(negative.pm), all(0), slope);
+    if (!kFlipped) return on_negative;
+    const Floats falling = add(maximum(all(0), negate(x)), sigmoid.logarithm);
+    // p softplus(-x) -> 0 where softplus(-x) is infinite.
+    const Floats positive_product =
+        multiply(multiply(all(loss.positive_slope), sigmoid.p), falling);
+    const Floats positive_tail = select(is_zero(sigmoid.p), all(0), positive_product);
+    const Floats on_positive =
+        multiply(power_of(loss.positive_power, sigmoid.q), add(sigmoid.q, positive_tail));
+    return select(hard, negate(on_positive), on_negative);
+  }
+};
+
+// The sum of a loss over a tile, for hard targets.
+template <class Stored, class Loss>
+MLLOSS_VECTOR double sum_over_tile(const Tile<float>& tile, const float* weight, const Loss& loss) {
+  Floats sum[kVectors];
+  for (int j = 0; j < kVectors; ++j) sum[j] = all(0);
+  for_groups<false, true, Stored>(
+      tile, [&](const Group<Stored>& group, int begin, int) MLLOSS_VECTOR_LAMBDA {
+        if (group.observed == 0) return;
+        Floats x[kVectors];
+        for (int j = 0; j < kVectors; ++j) x[j] = load(group.logits + j * kWidth);
+        if (group.hard == 0 && weight == nullptr && loss.is_zero_for(x)) return;
+        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+          for (int j = 0; j < kVectors; ++j) {
+            const Mask hard = mask_from(group.hard, j);
+            Floats value = loss.template value<needs.flipped>(x[j], hard);
+            const FactorsOfVector own = factors_at({weight, nullptr}, begin + j * kWidth);
+            value = own.template times<false>(hard, value);
+            if (needs.masked) value = keep(mask_from(group.observed, j), value);
+            sum[j] = add(sum[j], value);
+          }
+        });
+      });
+  return sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+}
+
+template <class Stored, class Loss>
+MLLOSS_VECTOR void gradients_over_tile(const Tile<float>& tile, const float* weight,
+                                       const Loss& loss, float scale, bool stream,
+                                       void* gradients) {
+  auto* out = static_cast<Stored*>(gradients);
+  stream = stream && is_aligned(out);
+  scale = quiet_scale(scale);
+  for_groups<false, true, Stored>(tile, [&](const Group<Stored>& group, int begin,
+                                            int count) MLLOSS_VECTOR_LAMBDA {
+    Floats x[kVectors];
+    for (int j = 0; j < kVectors; ++j) x[j] = load(group.logits + j * kWidth);
+    if (group.hard == 0 && weight == nullptr && scale == scale && loss.is_zero_for(x)) {
+      const auto nothing = [&](int) MLLOSS_VECTOR_LAMBDA { return all(0); };
+      store_group(nothing, begin, count, stream, out);
+      return;
+    }
+    with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+      const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
+        const Mask hard = mask_from(group.hard, j);
+        Floats value = multiply(all(scale), loss.template derivative<needs.flipped>(x[j], hard));
+        const FactorsOfVector own = factors_at({weight, nullptr}, begin + j * kWidth);
+        value = own.template times<false>(hard, value);
+        return needs.masked ? keep(mask_from(group.observed, j), value) : value;
+      };
+      store_group(gradient, begin, count, stream, out);
+    });
+  });
+}
+
 // ---- Sums of exponentials ----
 
 constexpr float kNothing = -kInfinity<float>;  // as a value: its exponential is 0
@@ -468,6 +648,28 @@ __attribute__((MLLOSS_TARGET)) void weighted_softplus_gradients(const Tile<float
   });
 }
 
+// sum and gradients of a loss, by the name of its functions.
+#define MLLOSS_VECTOR_LOSS(name, Loss, Constants)                                                \
+  __attribute__((MLLOSS_TARGET)) double name##_sum(const Tile<float>& tile, const float* weight, \
+                                                   const Constants& constants) {                 \
+    double sum = 0;                                                                              \
+    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                       \
+      sum = sum_over_tile<decltype(stored)>(tile, weight, Loss{constants});                      \
+    });                                                                                          \
+    return sum;                                                                                  \
+  }                                                                                              \
+  __attribute__((MLLOSS_TARGET)) void name##_gradients(                                          \
+      const Tile<float>& tile, const float* weight, const Constants& constants, float scale,     \
+      bool stream, void* gradients) {                                                            \
+    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                       \
+      gradients_over_tile<decltype(stored)>(tile, weight, Loss{constants}, scale, stream,        \
+                                            gradients);                                          \
+    });                                                                                          \
+  }
+MLLOSS_VECTOR_LOSS(focal, FocalLoss, FocalConstants)
+MLLOSS_VECTOR_LOSS(asymmetric, AsymmetricLoss, AsymmetricConstants)
+#undef MLLOSS_VECTOR_LOSS
+
 __attribute__((MLLOSS_TARGET)) bool exponential_sums(const Tile<float>& tile, RunningSums* sums) {
   bool done = false;
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
@@ -502,6 +704,8 @@ __attribute__((MLLOSS_TARGET)) void fence() { _mm_sfence(); }
 
 constexpr VectorKernels kKernels = {
     softplus_sum,     softplus_gradients,    weighted_softplus_sum, weighted_softplus_gradients,
-    exponential_sums, exponential_gradients, count_observed,        fence};
+    focal_sum,        focal_gradients,       asymmetric_sum,        asymmetric_gradients,
+    exponential_sums, exponential_gradients, count_observed,        fence,
+};
 
 #undef MLLOSS_VECTOR_LAMBDA
