@@ -32,13 +32,15 @@ class Contestant:
     backward: Callable[[Any], Any] | None
 
 
-def contestants_for(case: Case, inputs: Inputs) -> list[Contestant]:
+def contestants_for(case: Case, inputs: Inputs, with_eager: bool = True) -> list[Contestant]:
     """Everyone who runs in a case, this library first.
 
     Args:
         inputs: one set of inputs, for its sizes alone.
+        with_eager: also those who take most of the time, and are never the fastest.
     """
-    return peers_for(case) + _limits(case, inputs)
+    peers = [each for each in peers_for(case) if with_eager or each.role != EAGER]
+    return peers + _limits(case, inputs)
 
 
 def peers_for(case: Case) -> list[Contestant]:

@@ -17,13 +17,15 @@ timed parts; gradients are freed outside.
 - backward: from the loss to the gradient of the logits, within a training call (torch.compile moves
   work out of it: its forward part of a training call may compute the gradient, up to a factor)
 - both: that training call, forward and backward
+- with --keep-memory, freed memory stays with the process, and a gradient is written where one was
+  before, as under allocators that people preload for training
 - GB/s: the least bytes that have to be moved (logits, target and mask read once in each pass, the
   gradient written once) over the time; "copy" moves as many bytes. Where few labels are observed,
   logits and dense or packed targets count only there; the gradient counts in full
 - peak: the most bytes of tensors over what was there before the call, in units of one gradient
 
 The gradient is a fresh tensor. On a CPU backward therefore includes the time in which the system
-maps its pages; "copy, backward to new memory" shows what that costs. On a GPU, time is taken by
+maps its pages (not with --keep-memory); "copy, backward to new memory" shows what that costs. On a GPU, time is taken by
 events around work that was queued ahead, and several sets of inputs take turns where one would
 stay in the cache. Whoever fails gets a note in place of numbers.
 
@@ -41,6 +43,7 @@ One draw serves all formats that observe the same: their rows can be compared wi
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -158,6 +161,15 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         help=f"default {PEER_ROUNDS} and, of formats, {FORMAT_ROUNDS}; on a GPU 50, with --quick 5",
     )
+    parser.add_argument(
+        "--without-eager", action="store_true", help="leave out torch eager, which takes longest"
+    )
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="CPU, glibc: freed memory is not given back to the system, so that backward is measured "
+        "without page faults",
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument(
         "--check",
@@ -260,7 +272,7 @@ def _rows(given: argparse.Namespace, labels: int) -> int:
 def run_case(case: Case, given: argparse.Namespace) -> report.CaseResult:
     try:
         sets = make_sets([case], given.device)
-        contestants = contestants_for(case, sets[0])
+        contestants = contestants_for(case, sets[0], not given.without_eager)
     except (RuntimeError, MemoryError) as error:  # torch's out of memory is a RuntimeError
         failed = Result("mlloss_cuda", "library", _no_memory(error))
         return report.CaseResult(case, 0, 0, [failed], 0)
@@ -285,10 +297,20 @@ def _no_memory(error: Exception) -> str:
     return f"no memory for the inputs: {(str(error) or 'no message').splitlines()[0]}"
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc's malloc to take large blocks from its heap and never to shrink it."""
+    trim_threshold, mmap_max = -1, -4  # numbers of parameters in malloc.h
+    allocator = ctypes.CDLL(None)
+    if not (allocator.mallopt(trim_threshold, -1) and allocator.mallopt(mmap_max, 0)):
+        raise OSError("the allocator takes no such settings")
+
+
 def main() -> int:
     given = parse_arguments()
+    if given.keep_memory:
+        keep_freed_memory()
     torch.set_num_threads(given.threads)
-    machine = report.describe_machine(given.device)
+    machine = report.describe_machine(given.device) | {"keeps_memory": given.keep_memory}
     print(
         f"{machine['gpu'] or machine['cpu']}, {machine['threads']} thread(s) of {machine['cores']} "
         f"cores, load {machine['load_average']}, torch {machine['torch']}, {given.rounds} rounds, "

@@ -6,6 +6,7 @@ so every instruction set gets a process of its own.
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -22,7 +23,13 @@ from tests.cases import label_ids
 ROOT = Path(__file__).parent.parent
 
 CAPABILITIES = ("default", "avx2", "avx512")  # where the CPU lacks one, the next lower one runs
-LOSSES = ("sigmoid_cross_entropy", "multilabel_categorical_crossentropy", "multilabel_ranking_loss")
+LOSSES = (
+    "sigmoid_cross_entropy",
+    "sigmoid_focal_loss",
+    "asymmetric_loss",
+    "multilabel_categorical_crossentropy",
+    "multilabel_ranking_loss",
+)
 # Less than a vector, a group with and without a rest, and more than a tile.
 COLUMNS = (1, 7, 16, 33, 64, 131, 2048, 2048 + 77)
 ROWS = 5
@@ -40,13 +47,35 @@ def targets_for(loss: str, dense: Tensor) -> dict[str, Tensor | PackedLabels | S
     return targets
 
 
+def constants_for(loss: str, columns: int) -> list[dict[str, Tensor | float | None]]:
+    """Arguments that lead to loops of their own."""
+    per_label = torch.linspace(0, 2, columns, dtype=torch.float64)
+    if loss == "sigmoid_cross_entropy":
+        return [
+            {},
+            {"pos_weight": per_label},
+            {"weight": per_label, "pos_weight": per_label.flip(0)},
+        ]
+    if loss == "sigmoid_focal_loss":
+        return [{}, {"gamma": 1.0, "alpha": None}, {"gamma": 4.0, "weight": per_label}]
+    if loss == "asymmetric_loss":
+        return [{}, {"gamma_neg": 2.0, "gamma_pos": 0.0, "clip": 0.0}, {"weight": per_label}]
+    return [{}]
+
+
 def evaluate(
-    loss: str, logits: Tensor, target: Tensor | PackedLabels | SparseLabels, mask: Tensor | None
+    loss: str,
+    logits: Tensor,
+    target: Tensor | PackedLabels | SparseLabels,
+    mask: Tensor | None,
+    constants: dict[str, Tensor | float | None],
 ) -> tuple[Tensor, Tensor]:
     logits = logits.detach().requires_grad_()
     if isinstance(target, Tensor) and target.is_floating_point():
         target = target.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    value = getattr(mlloss_cuda, loss)(logits, target, mask=mask)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    given = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in constants.items()}
+    value = getattr(mlloss_cuda, loss)(logits, target, mask=mask, **given)
     (gradient,) = torch.autograd.grad(value, logits)
     return value.double(), gradient.double()
 
@@ -68,10 +97,13 @@ def check_everything() -> None:
             observed = torch.rand(ROWS, columns, generator=generator) < 0.5
             for loss in LOSSES:
                 for name, target in targets_for(loss, dense).items():
-                    for mask in (None, observed):
+                    for mask, constants in itertools.product(
+                        (None, observed), constants_for(loss, columns)
+                    ):
                         case = f"{loss} {dtype} {columns} {name} masked={mask is not None}"
-                        value, gradient = evaluate(loss, logits, target, mask)
-                        expected, slope = evaluate(loss, logits.double(), target, mask)
+                        case += f" {sorted(constants)}"
+                        value, gradient = evaluate(loss, logits, target, mask, constants)
+                        expected, slope = evaluate(loss, logits.double(), target, mask, constants)
                         error = (value - expected).abs()
                         assert error <= 2e-6 * expected.abs() + 1e-30, (case, value, expected)
                         allowed = (1e-5 + ulp) * slope.abs() + tiny

@@ -1,5 +1,6 @@
 #include "cpu/convert.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/isa.h"
@@ -93,6 +94,19 @@ MLLOSS_INLINE void load_bools(const void* data, int64_t offset, int64_t stride, 
   for (int i = 0; i < count; ++i) out[i] = source[i * stride] != 0 ? Real(1) : Real(0);
 }
 
+// Fills rows with one number each.
+template <class Real>
+MLLOSS_INLINE void repeat_each(const Real* values, int rows, int columns, Real* out) {
+  for (int r = 0; r < rows; ++r) {
+    const Real value = values[r];
+    for (int i = 0; i < columns; i += kPadding / 4) {
+#pragma omp simd
+      for (int j = 0; j < kPadding / 4; ++j) out[i + j] = value;
+    }
+    out += columns;
+  }
+}
+
 template <class T>
 struct TypeTag {
   using Type = T;
@@ -170,6 +184,53 @@ MLLOSS_CLONES
 void load(const void* data, Element element, int64_t offset, int64_t stride, int count,
           double* out) {
   load_any(data, element, offset, stride, count, out);
+}
+
+namespace {
+
+MLLOSS_CLONES void repeat(const float* values, int rows, int columns, float* out) {
+  repeat_each(values, rows, columns, out);
+}
+MLLOSS_CLONES void repeat(const double* values, int rows, int columns, double* out) {
+  repeat_each(values, rows, columns, out);
+}
+
+template <class Real>
+void load_rows_any(const void* data, Element element, int64_t offset, int64_t row_stride,
+                   int64_t stride, int rows, int columns, Real* out) {
+  if (rows == 1 || (row_stride == columns && stride == 1)) {
+    load(data, element, offset, stride, rows * columns, out);
+  } else if (stride == 0) {
+    constexpr int kRun = 64;
+    Real values[kRun];
+    for (int r = 0; r < rows; r += kRun) {
+      const int run = std::min(kRun, rows - r);
+      load(data, element, offset + r * row_stride, row_stride, run, values);
+      repeat(values, run, columns, out + r * columns);
+    }
+  } else if (row_stride == 0) {
+    load(data, element, offset, stride, columns, out);
+    const int count = rows * columns;
+    for (int filled = columns; filled < count; filled *= 2) {
+      std::memcpy(out + filled, out, sizeof(Real) * std::min(filled, count - filled));
+    }
+  } else {
+    for (int r = 0; r < rows; ++r) {
+      load(data, element, offset + r * row_stride, stride, columns, out + r * columns);
+    }
+  }
+}
+
+}  // namespace
+
+void load_rows(const void* data, Element element, int64_t offset, int64_t row_stride,
+               int64_t stride, int rows, int columns, float* out) {
+  load_rows_any(data, element, offset, row_stride, stride, rows, columns, out);
+}
+
+void load_rows(const void* data, Element element, int64_t offset, int64_t row_stride,
+               int64_t stride, int rows, int columns, double* out) {
+  load_rows_any(data, element, offset, row_stride, stride, rows, columns, out);
 }
 
 void gather(const void* data, Element element, int64_t offset, int64_t stride,

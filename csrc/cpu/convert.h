@@ -6,10 +6,21 @@
 
 namespace mlloss::cpu {
 
+// Short rows are written in whole vectors, the rest of which the next row overwrites. That of the
+// last row goes here, behind a buffer.
+constexpr int kPadding = 64;
+
 // out[i] = data[offset + i * stride], i < count; `offset` and `stride` in elements.
 void load(const void* data, Element element, int64_t offset, int64_t stride, int count, float* out);
 void load(const void* data, Element element, int64_t offset, int64_t stride, int count,
           double* out);
+
+// The same of short rows, one behind the other: out[r * columns + i] = data[offset + r * row_stride
+// + i * stride]. `out` has room for kPadding elements more.
+void load_rows(const void* data, Element element, int64_t offset, int64_t row_stride,
+               int64_t stride, int rows, int columns, float* out);
+void load_rows(const void* data, Element element, int64_t offset, int64_t row_stride,
+               int64_t stride, int rows, int columns, double* out);
 
 // out[i] = data[offset + columns[i] * stride], i < count.
 void gather(const void* data, Element element, int64_t offset, int64_t stride,

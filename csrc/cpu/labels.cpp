@@ -86,6 +86,45 @@ MLLOSS_CLONES void expand(const uint32_t* words, int count, uint8_t* bytes) {
   }
 }
 
+// The bits of short rows, which begin at a word each, as bytes one behind the other. `bytes` has
+// room for a word's more.
+MLLOSS_CLONES void expand_rows(const uint32_t* words, int64_t row_stride, int rows, int columns,
+                               uint8_t* bytes) {
+  for (int r = 0; r < rows; ++r) {
+    for (int begin = 0; begin < columns; begin += kWordBits) {
+      const uint32_t word = words[begin / kWordBits];
+      // What is written beyond the row is overwritten by the next one.
+#pragma omp simd
+      for (int i = 0; i < kWordBits; ++i) bytes[begin + i] = word >> i & 1u;
+    }
+    words += row_stride;
+    bytes += columns;
+  }
+}
+
+template <class Index>
+MLLOSS_INLINE bool find_places_any(const Index* indices, const int32_t* row_begins, int count,
+                                   int columns, int32_t* places) {
+  int beyond = 0;
+#pragma omp simd reduction(| : beyond)
+  for (int i = 0; i < count; ++i) {
+    const Index column = indices[i];
+    beyond |= column >= columns;
+    places[i] = column < 0 ? SparseRows::kNowhere : row_begins[i] + static_cast<int32_t>(column);
+  }
+  return beyond == 0;
+}
+
+// Where entries of short rows stand in a tile; returns whether no index is beyond the columns.
+MLLOSS_CLONES bool find_places(const int32_t* indices, const int32_t* row_begins, int count,
+                               int columns, int32_t* places) {
+  return find_places_any(indices, row_begins, count, columns, places);
+}
+MLLOSS_CLONES bool find_places(const int64_t* indices, const int32_t* row_begins, int count,
+                               int columns, int32_t* places) {
+  return find_places_any(indices, row_begins, count, columns, places);
+}
+
 MLLOSS_CLONES int count_bytes(const uint8_t* bytes, int count) {
   int total = 0;
 #pragma omp simd reduction(+ : total)
@@ -243,6 +282,54 @@ SparseRow::Range SparseRow::next() {
 }
 
 template <class Index>
+bool SparseRows::scan(const Index* indices, const Labels& labels, int64_t row, int rows,
+                      int columns) {
+  const auto* offsets = static_cast<const Index*>(labels.offsets) + row;
+  bool valid = offsets[0] >= 0 && offsets[rows] <= labels.entries;
+  for (int r = 0; r < rows; ++r) valid &= offsets[r] <= offsets[r + 1];
+  if (!valid) return false;
+  const int64_t first = offsets[0], last = offsets[rows];
+  const bool has_values = labels.values != nullptr;
+  places_.resize(last - first);
+  values_.resize(has_values ? last - first : 0);
+  // A loop over each row's few entries would be left at a place that cannot be predicted. So first
+  // where each entry's row begins, in whole vectors which the next row overwrites, then all
+  // entries.
+  constexpr int kVector = 16;
+  int32_t row_begins[kTile + kVector];
+  int r = 0;
+  for (int64_t begin = first; begin < last; begin += kTile) {
+    const int64_t end = std::min(begin + kTile, last);
+    const int run = static_cast<int>(end - begin);
+    while (r < rows && offsets[r] < end) {
+      const int from = static_cast<int>(std::max<int64_t>(offsets[r], begin) - begin);
+      const int to = static_cast<int>(std::min<int64_t>(offsets[r + 1], end) - begin);
+      int i = from;
+      do {
+        std::fill_n(row_begins + i, kVector, r * columns);
+        i += kVector;
+      } while (i < to);
+      if (offsets[r + 1] > end) break;
+      ++r;
+    }
+    valid &= loops::find_places(indices + begin, row_begins, run, columns,
+                                places_.data() + (begin - first));
+    if (has_values) {
+      double* values = values_.data() + (begin - first);
+      load(labels.values, labels.values_element, begin, 1, run, values);
+      for (int i = 0; i < run; ++i) values[i] = checked_value(values[i]);
+    }
+  }
+  return valid;
+}
+
+bool SparseRows::start(const Labels& labels, int64_t row, int rows, int columns) {
+  return labels.element == Element::kInt32
+             ? scan(static_cast<const int32_t*>(labels.data), labels, row, rows, columns)
+             : scan(static_cast<const int64_t*>(labels.data), labels, row, rows, columns);
+}
+
+template <class Index>
 bool SparseSet::scan(const Index* indices, const Labels& labels, int64_t first, int64_t last,
                      int64_t columns) {
   const bool has_values = labels.values != nullptr;
@@ -309,12 +396,24 @@ bool SparseSet::start(const Labels& labels, int64_t row, int64_t columns) {
 template <class Real>
 void LabelReader<Real>::start_row(int64_t row, int64_t begin, int64_t end) {
   row_ = row;
+  rows_ = 0;
   const bool target_is_valid =
       !is_sparse(problem_.target) ||
       target_row_.start(problem_.target, row, begin, end, problem_.columns);
   mask_is_valid_ = !is_sparse(problem_.mask) ||
                    mask_row_.start(problem_.mask, row, begin, end, problem_.columns);
   row_is_valid_ = target_is_valid && mask_is_valid_;
+}
+
+template <class Real>
+bool LabelReader<Real>::start_rows(int64_t row, int rows) {
+  row_ = row;
+  rows_ = rows;
+  row_is_valid_ = mask_is_valid_ = true;
+  return (!is_sparse(problem_.target) ||
+          target_rows_.start(problem_.target, row, rows, static_cast<int>(problem_.columns))) &&
+         (!is_sparse(problem_.mask) ||
+          mask_rows_.start(problem_.mask, row, rows, static_cast<int>(problem_.columns)));
 }
 
 template <class Real>
@@ -342,6 +441,10 @@ void LabelReader<Real>::read_target(int64_t begin, int count, LabelTile<Real>& t
     read_packed_target(begin, count, tile);
     return;
   }
+  if (rows_ > 0) {
+    read_sparse_targets(count, tile);
+    return;
+  }
   const auto [first, last, values] = target_row_.next();
   if (first == last) return;
   if (carrier_ == Carrier::kBits) {
@@ -366,9 +469,38 @@ void LabelReader<Real>::read_target(int64_t begin, int count, LabelTile<Real>& t
   }
 }
 
+// The same of several rows.
+template <class Real>
+void LabelReader<Real>::read_sparse_targets(int count, LabelTile<Real>& tile) {
+  const int32_t* places = target_rows_.places();
+  const double* values = target_rows_.values();
+  const size_t size = target_rows_.size();
+  if (size == 0) return;
+  if (values == nullptr) {
+    std::memset(hard_, 0, count);
+    for (size_t i = 0; i < size; ++i) hard_[places[i]] = 1;
+    tile.kind = TargetKind::kHard;
+    tile.hard = hard_;
+    return;
+  }
+  std::fill_n(soft_, count, Real(0));
+  for (size_t i = 0; i < size; ++i) {
+    soft_[places[i]] = std::max(soft_[places[i]], static_cast<Real>(values[i]));
+  }
+  loops::validate(soft_, count);
+  tile.kind = TargetKind::kSoft;
+  tile.soft = soft_;
+}
+
 template <class Real>
 void LabelReader<Real>::read_packed_target(int64_t begin, int count, LabelTile<Real>& tile) {
   const uint32_t* words = words_of(problem_.target, row_) + begin / kWordBits;
+  if (rows_ > 0) {
+    loops::expand_rows(words, problem_.target.row_stride, rows_, count / rows_, hard_);
+    tile.kind = TargetKind::kHard;
+    tile.hard = hard_;
+    return;
+  }
   if (examine(words, count) == Bits::kNone) return;
   tile.kind = TargetKind::kHard;
   if (carrier_ == Carrier::kBits) {
@@ -385,14 +517,19 @@ void LabelReader<Real>::read_dense_target(int64_t begin, int count, LabelTile<Re
   const int64_t offset = row_ * target.row_stride + begin * target.column_stride;
   const bool is_byte = target.element == Element::kBool || target.element == Element::kUint8;
   if (is_byte && target.column_stride == 1) {
-    const uint8_t* bytes = static_cast<const uint8_t*>(target.data) + offset;
+    const uint8_t* bytes = bytes_of(target, begin, count, hard_);
     if (target.element == Element::kBool || loops::are_zero_or_one(bytes, count)) {
       tile.kind = TargetKind::kHard;
       tile.hard = bytes;
       return;
     }
   }
-  load(target.data, target.element, offset, target.column_stride, count, soft_);
+  if (rows_ > 0) {
+    load_rows(target.data, target.element, offset, target.row_stride, target.column_stride, rows_,
+              count / rows_, soft_);
+  } else {
+    load(target.data, target.element, offset, target.column_stride, count, soft_);
+  }
   if (problem_.has_ignored) {
     loops::compare(soft_, count, problem_.ignored, not_ignored_);
     tile.observed = not_ignored_;
@@ -407,14 +544,35 @@ void LabelReader<Real>::read_dense_target(int64_t begin, int count, LabelTile<Re
   }
 }
 
+// The bytes of a tile: as they lie there, or one behind the other in `buffer`.
+template <class Real>
+const uint8_t* LabelReader<Real>::bytes_of(const Labels& labels, int64_t begin, int count,
+                                           uint8_t* buffer) const {
+  const int64_t stride = labels.column_stride;
+  const auto* source =
+      static_cast<const uint8_t*>(labels.data) + row_ * labels.row_stride + begin * stride;
+  if (stride == 1 && (rows_ <= 1 || labels.row_stride == problem_.columns)) return source;
+  const int rows = std::max(rows_, 1), columns = count / rows;
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < columns; ++i) buffer[r * columns + i] = source[i * stride];
+    source += labels.row_stride;
+  }
+  return buffer;
+}
+
 template <class Real>
 void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& tile) {
   const Labels& mask = problem_.mask;
   if (mask.data == nullptr) return;
   // The targets of an invalid row are numbers, beside which the loops take bytes.
-  const bool as_bits = carrier_ == Carrier::kBits && row_is_valid_;
+  const bool as_bits = carrier_ == Carrier::kBits && row_is_valid_ && rows_ == 0;
   const uint8_t* bytes = observed_;
-  if (mask.format == Format::kSparse) {
+  if (mask.format == Format::kSparse && rows_ > 0) {
+    const int32_t* places = mask_rows_.places();
+    tile.empty = mask_rows_.size() == 0;
+    std::memset(observed_, 0, count);
+    for (size_t i = 0; i < mask_rows_.size(); ++i) observed_[places[i]] = 1;
+  } else if (mask.format == Format::kSparse) {
     const auto [first, last, values] = mask_row_.next();
     tile.empty = first == last;
     if (as_bits) {
@@ -426,22 +584,20 @@ void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& til
     for (auto column = first; column != last; ++column) observed_[*column % kTile] = 1;
   } else if (mask.format == Format::kPacked) {
     const uint32_t* words = words_of(mask, row_) + begin / kWordBits;
-    const Bits bits = examine(words, count);
-    if (bits == Bits::kAll) return;
-    tile.empty = bits == Bits::kNone;
-    if (as_bits) {
-      tile.observed_bits = words;
-      return;
-    }
-    loops::expand(words, words_for(count), observed_);
-  } else {
-    const uint8_t* source = static_cast<const uint8_t*>(mask.data) + row_ * mask.row_stride +
-                            begin * mask.column_stride;
-    if (mask.column_stride == 1) {
-      bytes = source;
+    if (rows_ > 0) {
+      loops::expand_rows(words, mask.row_stride, rows_, count / rows_, observed_);
     } else {
-      for (int i = 0; i < count; ++i) observed_[i] = source[i * mask.column_stride];
+      const Bits bits = examine(words, count);
+      if (bits == Bits::kAll) return;
+      tile.empty = bits == Bits::kNone;
+      if (as_bits) {
+        tile.observed_bits = words;
+        return;
+      }
+      loops::expand(words, words_for(count), observed_);
     }
+  } else {
+    bytes = bytes_of(mask, begin, count, observed_);
   }
   if (tile.observed != nullptr) {
     loops::both(tile.observed, bytes, count, observed_);

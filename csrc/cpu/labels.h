@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "cpu/convert.h"
@@ -11,6 +12,20 @@ namespace mlloss::cpu {
 
 // Columns that are decoded at a time: a tile of logits, targets and mask stays in the L1 cache.
 constexpr int kTile = 2048;
+
+// Rows that are read as one tile. A row costs as much as a tile of its own, unless it is short and
+// lies behind the one before.
+inline int rows_at_once(const Problem& problem) {
+  const int64_t columns = problem.columns;
+  if (problem.rows <= 1 || columns == 0 || columns > kTile / 2) return 1;
+  const int rows = kTile / static_cast<int>(columns);
+  // As many as make whole groups of what the vectorised loops take at a time, if that leaves out
+  // few: then a tile also begins where a cache line does.
+  constexpr int kElements = 64;
+  const int step = kElements / std::gcd(kElements, static_cast<int>(columns));
+  const int whole = rows / step * step;
+  return whole >= rows - rows / 8 ? whole : rows;
+}
 
 enum class TargetKind { kNone, kHard, kSoft };
 
@@ -68,6 +83,27 @@ class SparseRow {
   size_t cursor_ = 0;
 };
 
+// The entries of several short sparse rows, which are one tile.
+class SparseRows {
+ public:
+  // Returns false if a row has an index beyond `columns` or invalid offsets.
+  bool start(const Labels& labels, int64_t row, int rows, int columns);
+
+  // Padding among the entries stands here, behind the tile.
+  static constexpr int kNowhere = kTile;
+
+  size_t size() const { return places_.size(); }
+  const int32_t* places() const { return places_.data(); }  // in the tile; may repeat
+  const double* values() const { return values_.empty() ? nullptr : values_.data(); }
+
+ private:
+  template <class Index>
+  bool scan(const Index* indices, const Labels& labels, int64_t row, int rows, int columns);
+
+  std::vector<int32_t> places_;
+  std::vector<double> values_;  // infinity where invalid
+};
+
 // The entries of one sparse row as a set: sorted, without duplicates.
 class SparseSet {
  public:
@@ -104,6 +140,10 @@ class LabelReader {
   // Columns [begin, end) of a row follow.
   void start_row(int64_t row, int64_t begin, int64_t end);
 
+  // All columns of `rows` rows follow, as one tile that begins at 0; hard targets and masks come as
+  // bytes. Returns false if the labels of a row cannot be told: then they go row by row.
+  bool start_rows(int64_t row, int rows);
+
   // The next `count` <= kTile columns, from left to right.
   LabelTile<Real> tile(int64_t begin, int count);
 
@@ -112,22 +152,27 @@ class LabelReader {
 
  private:
   void read_target(int64_t begin, int count, LabelTile<Real>& tile);
+  void read_sparse_targets(int count, LabelTile<Real>& tile);
   void read_dense_target(int64_t begin, int count, LabelTile<Real>& tile);
   void read_packed_target(int64_t begin, int count, LabelTile<Real>& tile);
   void read_mask(int64_t begin, int count, LabelTile<Real>& tile);
+  const uint8_t* bytes_of(const Labels& labels, int64_t begin, int count, uint8_t* buffer) const;
 
   const Problem& problem_;
   const bool prefer_hard_;
   const Carrier carrier_;
   int64_t row_ = 0;
+  int rows_ = 0;  // of a tile of several rows; 0: tiles of one row
   bool row_is_valid_ = true;
   bool mask_is_valid_ = true;
   SparseRow target_row_;
   SparseRow mask_row_;
-  alignas(64) Real soft_[kTile];
-  alignas(64) uint8_t hard_[kTile];
+  SparseRows target_rows_;
+  SparseRows mask_rows_;
+  alignas(64) Real soft_[kTile + kPadding];
+  alignas(64) uint8_t hard_[kTile + kPadding];
   alignas(64) uint8_t not_ignored_[kTile];
-  alignas(64) uint8_t observed_[kTile];
+  alignas(64) uint8_t observed_[kTile + kPadding];
   alignas(64) uint32_t hard_bits_[kTile / kWordBits];
   alignas(64) uint32_t observed_bits_[kTile / kWordBits];
 };

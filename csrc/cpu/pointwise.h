@@ -367,14 +367,59 @@ Carrier carrier_for(const PointwiseProblem& problem) {
   return takes_bits && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
 }
 
-// The vectorised loops for all of a problem, or nullptr.
+// The vectorised loops that a loss has: those of softplus, unless it has its own. They take a tile
+// as it is stored, or return false.
+template <class Loss>
+struct VectorLoss {
+  static constexpr bool kExists = Loss::kIsSoftplus;
+
+  // Adds to `sum`.
+  static bool sum(const VectorKernels& vector, const Loss&, const PointwiseTile<float>& tile,
+                  double& sum) {
+    if (is_plain(tile)) {
+      sum += vector.softplus_sum(tile);
+    } else if (tile.labels.kind != TargetKind::kSoft) {
+      sum += vector.weighted_softplus_sum(tile, factors_of(tile));
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+  static bool gradients(const VectorKernels& vector, const Loss&, const PointwiseTile<float>& tile,
+                        float scale, bool stream, void* gradients) {
+    if (is_plain(tile)) {
+      vector.softplus_gradients(tile, scale, stream, gradients);
+    } else if (tile.labels.kind != TargetKind::kSoft) {
+      vector.weighted_softplus_gradients(tile, factors_of(tile), scale, stream, gradients);
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+ private:
+  static bool is_plain(const PointwiseTile<float>& tile) {
+    return tile.weight == nullptr && !tile.has_parameters;
+  }
+  static Factors factors_of(const PointwiseTile<float>& tile) {
+    return {tile.weight, tile.has_parameters ? tile.parameters[0] : nullptr};
+  }
+};
+
+// The vectorised loops for a problem, or nullptr.
 template <class Loss>
 const VectorKernels* vector_kernels_for(const PointwiseProblem& problem) {
-  const bool takes = is_plain_softplus<Loss>(problem) && problem.element != Element::kDouble;
+  const bool takes = VectorLoss<Loss>::kExists && problem.element != Element::kDouble;
   return takes ? vector_kernels() : nullptr;
 }
 
 // ---- The whole matrix ----
+
+// Rows that are read as one tile: short ones that lie one behind the other.
+inline int rows_in_tile(const PointwiseProblem& problem) {
+  return problem.row_stride == problem.columns ? rows_at_once(problem) : 1;
+}
 
 // One thread's buffers for what stands beside logits and labels.
 template <class Real>
@@ -386,6 +431,21 @@ class PointwiseConstants {
         low_(static_cast<Real>(problem.label_smoothing / 2)),
         span_(static_cast<Real>(1 - problem.label_smoothing)) {
     std::fill_n(ones_, kTile, Real(1));
+    const int rows = rows_in_tile(problem);
+    if (rows == 1 || goes_by_entries(problem)) return;
+    // What is the same in all rows is read once for all tiles of several rows.
+    const auto load_all = [&](const Strided& array, Real* out) {
+      load_columns(array, 0, 0, rows * static_cast<int>(problem.columns), out);
+    };
+    const auto prepare = [&](const Strided& array, Real* buffer) {
+      if (array.data == nullptr || array.row_stride != 0) return false;
+      checked(array, rows * static_cast<int>(problem.columns), buffer, load_all);
+      return true;
+    };
+    has_weight_ = prepare(problem.weight, weight_);
+    for (int k = 0; k < kMaxParameters; ++k) {
+      has_parameter_[k] = prepare(problem.parameters[k], parameters_[k]);
+    }
   }
 
   // The constants of the columns that `load` reads: (array, buffer).
@@ -395,12 +455,14 @@ class PointwiseConstants {
     smooth(tile.labels, tile.count);
     tile.has_parameters = has_parameters_;
     if (problem_.weight.data != nullptr) {
-      tile.weight = checked(problem_.weight, tile.count, weight_, load);
+      tile.weight = has_weight_ ? weight_ : checked(problem_.weight, tile.count, weight_, load);
     }
     for (int k = 0; k < kMaxParameters; ++k) {
-      tile.parameters[k] = problem_.parameters[k].data == nullptr
-                               ? ones_
-                               : checked(problem_.parameters[k], tile.count, parameters_[k], load);
+      const Strided& parameter = problem_.parameters[k];
+      tile.parameters[k] = parameter.data == nullptr ? ones_
+                           : has_parameter_[k]
+                               ? parameters_[k]
+                               : checked(parameter, tile.count, parameters_[k], load);
     }
     return tile;
   }
@@ -418,9 +480,16 @@ class PointwiseConstants {
     });
   }
 
-  static void load_columns(const Strided& array, int64_t row, int64_t begin, int count, Real* out) {
-    load(array.data, array.element, row * array.row_stride + begin * array.column_stride,
-         array.column_stride, count, out);
+  // Of one row, or all columns of several rows.
+  void load_columns(const Strided& array, int64_t row, int64_t begin, int count, Real* out) const {
+    const int64_t offset = row * array.row_stride + begin * array.column_stride;
+    if (count <= problem_.columns) {
+      load(array.data, array.element, offset, array.column_stride, count, out);
+      return;
+    }
+    const int columns = static_cast<int>(problem_.columns);
+    load_rows(array.data, array.element, offset, array.row_stride, array.column_stride,
+              count / columns, columns, out);
   }
 
  private:
@@ -448,10 +517,13 @@ class PointwiseConstants {
   const PointwiseProblem& problem_;
   const bool has_parameters_;
   const Real low_, span_;
+  // Whether these have been read already.
+  bool has_weight_ = false;
+  bool has_parameter_[kMaxParameters] = {};
   alignas(64) Real ones_[kTile];
   alignas(64) Real soft_[kTile];
-  alignas(64) Real weight_[kTile];
-  alignas(64) Real parameters_[kMaxParameters][kTile];
+  alignas(64) Real weight_[kTile + kPadding];
+  alignas(64) Real parameters_[kMaxParameters][kTile + kPadding];
 };
 
 struct PartialSum {
@@ -466,9 +538,17 @@ inline bool counts(Reduction reduction) {
 
 // The part of a tile in the denominator.
 template <class Real>
-double counted(const PointwiseTile<Real>& tile, Reduction reduction) {
+double counted(const PointwiseTile<Real>& tile, Reduction reduction,
+               [[maybe_unused]] const VectorKernels* vector = nullptr) {
   const uint8_t* observed = tile.labels.observed;
   const uint32_t* observed_bits = tile.labels.observed_bits;
+  const bool is_masked = observed != nullptr || observed_bits != nullptr;
+  if constexpr (std::is_same_v<Real, float>) {
+    if (vector != nullptr && is_masked &&
+        (reduction == Reduction::kMean || tile.weight == nullptr)) {
+      return static_cast<double>(vector->count_observed(tile));
+    }
+  }
   if (observed_bits != nullptr) return count_bits(observed_bits, tile.count);
   if (reduction == Reduction::kMean || tile.weight == nullptr) {
     return observed == nullptr ? tile.count
@@ -518,13 +598,38 @@ inline PartialSum total_of(const std::vector<PartialSum>& parts) {
   return sum;
 }
 
+// Calls body(tile, row, begin) for the tiles of a piece. Of short rows a tile holds several, the
+// first of which is `row`.
+template <class Real, class Body>
+void for_all_tiles(const PointwiseProblem& problem, const Piece& piece, TileReader<Real>& reader,
+                   const Body& body) {
+  const int64_t step = rows_in_tile(problem);
+  for (int64_t row = piece.row_begin; row < piece.row_end; row += step) {
+    const int64_t end = std::min(row + step, piece.row_end);
+    const int rows = static_cast<int>(end - row);
+    if (step > 1 && reader.start_rows(row, rows)) {
+      body(reader.tile(0, rows * static_cast<int>(problem.columns)), row, int64_t(0));
+      continue;
+    }
+    for (int64_t own = row; own < end; ++own) {
+      for_tiles(piece, own, reader,
+                [&](const Tile<Real>& tile, int64_t begin) { body(tile, own, begin); });
+    }
+  }
+}
+
+// Pieces of whole tiles.
+inline Pieces pieces_of_tiles(const PointwiseProblem& problem) {
+  return Pieces(problem.rows, problem.columns).of_groups(rows_in_tile(problem));
+}
+
 // `forward` wraps forward_tile: (loss, tile, losses or nullptr) -> sum.
 template <class Loss, class Forward>
 PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Real* losses,
                               const Forward& forward) {
   using Real = typename Loss::Real;
   const Loss loss = Loss::from(problem);
-  const Pieces pieces(problem.rows, problem.columns);
+  const Pieces pieces = pieces_of_tiles(problem);
   const Carrier carrier = losses == nullptr ? carrier_for<Loss>(problem) : Carrier::kBytes;
   const VectorKernels* vector = losses == nullptr ? vector_kernels_for<Loss>(problem) : nullptr;
   std::vector<PartialSum> sums(pieces.count());
@@ -534,24 +639,21 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       PartialSum sum;
-      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        for_tiles(piece, row, reader, [&](const Tile<Real>& labelled, int64_t begin) {
-          Real* out = losses == nullptr ? nullptr : losses + row * problem.columns + begin;
-          if (labelled.labels.empty && out == nullptr) return;
-          const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
-          if constexpr (std::is_same_v<Real, float>) {
-            if (vector != nullptr) {
-              sum.total += vector->softplus_sum(tile);
-              const LabelTile<Real>& labels = tile.labels;
-              const bool is_masked = labels.observed != nullptr || labels.observed_bits != nullptr;
-              sum.denominator += is_masked ? vector->count_observed(tile) : tile.count;
-              return;
-            }
+      const auto add = [&](const Tile<Real>& labelled, int64_t row, int64_t begin) {
+        Real* out = losses == nullptr ? nullptr : losses + row * problem.columns + begin;
+        if (labelled.labels.empty && out == nullptr) return;
+        PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+        bool done = false;
+        if constexpr (std::is_same_v<Real, float>) {
+          if (vector != nullptr) {
+            done = VectorLoss<Loss>::sum(*vector, loss, tile, sum.total);
+            if (!done) reader.decode(tile);
           }
-          sum.total += forward(loss, tile, out);
-          if (counts(problem.reduction)) sum.denominator += counted(tile, problem.reduction);
-        });
-      }
+        }
+        if (!done) sum.total += forward(loss, tile, out);
+        if (counts(problem.reduction)) sum.denominator += counted(tile, problem.reduction, vector);
+      };
+      for_all_tiles(problem, piece, reader, add);
       sums[index] = sum;
     }
   });
@@ -609,12 +711,11 @@ double count_beforehand(PointwiseProblem problem) {
   for (Strided& parameter : problem.parameters) parameter = {};
   problem.label_smoothing = 0;
   const bool by_entries = goes_by_entries(problem);
-  const Pieces pieces =
-      by_entries ? pieces_of_entries(problem, true) : Pieces(problem.rows, problem.columns);
+  const Pieces pieces = by_entries ? pieces_of_entries(problem, true) : pieces_of_tiles(problem);
   const Carrier carrier = carrier_for<Loss>(problem);
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    LabelReader<Real> labels(problem, false, carrier);
+    TileReader<Real> reader(problem, false, carrier, true);  // which leaves the logits alone
     EntryReader<Real> entries(problem);
     PointwiseConstants<Real> constants(problem);
     for (int64_t index = first; index < last; ++index) {
@@ -622,21 +723,17 @@ double count_beforehand(PointwiseProblem problem) {
       const auto add = [&](const PointwiseTile<Real>& tile) {
         sums[index].denominator += counted(tile, problem.reduction);
       };
+      if (!by_entries) {
+        for_all_tiles(problem, piece, reader,
+                      [&](const Tile<Real>& tile, int64_t row, int64_t begin) {
+                        if (!tile.labels.empty) add(constants.attach(tile, row, begin));
+                      });
+        continue;
+      }
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        if (by_entries) {
-          entries.start_row(row);
-          for (Tile<Real> tile = entries.tile(); tile.count > 0; tile = entries.tile()) {
-            add(constants.attach(tile, row, entries.columns()));
-          }
-          continue;
-        }
-        labels.start_row(row, piece.column_begin, piece.column_end);
-        for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
-          const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-          Tile<Real> tile;
-          tile.count = count;
-          tile.labels = labels.tile(begin, count);
-          if (!tile.labels.empty) add(constants.attach(tile, row, begin));
+        entries.start_row(row);
+        for (Tile<Real> tile = entries.tile(); tile.count > 0; tile = entries.tile()) {
+          add(constants.attach(tile, row, entries.columns()));
         }
       }
     }
@@ -651,7 +748,7 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
                                void* output, const Forward& forward, const Backward& backward) {
   using Real = typename Loss::Real;
   const Loss loss = Loss::from(problem);
-  const Pieces pieces(problem.rows, problem.columns);
+  const Pieces pieces = pieces_of_tiles(problem);
   const Carrier carrier = carrier_for<Loss>(problem);
   const VectorKernels* vector = vector_kernels_for<Loss>(problem);
   std::vector<PartialSum> sums(pieces.count());
@@ -662,27 +759,28 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       PartialSum sum;
-      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        for_tiles(piece, row, reader, [&](const Tile<Real>& labelled, int64_t begin) {
-          const int64_t offset = row * problem.row_stride + begin;
-          const int count = labelled.count;
-          if (labelled.labels.empty) return zero_run(output, problem.element, offset, count);
-          Real* gradients =
-              problem.element == kElementOf<Real> ? static_cast<Real*>(output) + offset : buffer;
-          const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
-          if constexpr (std::is_same_v<Real, float>) {
-            if (vector != nullptr) {
-              sum.total += vector->softplus_sum(tile);
-              vector->softplus_gradients(tile, scale, false,
-                                         element_at(output, problem.element, offset));
+      const auto add = [&](const Tile<Real>& labelled, int64_t row, int64_t begin) {
+        const int64_t offset = row * problem.row_stride + begin;
+        const int count = labelled.count;
+        if (labelled.labels.empty) return zero_run(output, problem.element, offset, count);
+        Real* gradients =
+            problem.element == kElementOf<Real> ? static_cast<Real*>(output) + offset : buffer;
+        PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+        if constexpr (std::is_same_v<Real, float>) {
+          if (vector != nullptr) {
+            void* out = element_at(output, problem.element, offset);
+            if (VectorLoss<Loss>::sum(*vector, loss, tile, sum.total)) {
+              VectorLoss<Loss>::gradients(*vector, loss, tile, scale, false, out);
               return;
             }
+            reader.decode(tile);
           }
-          sum.total += forward(loss, tile, static_cast<Real*>(nullptr));
-          backward(loss, tile, scale, gradients);
-          if (gradients == buffer) store(buffer, count, output, problem.element, offset);
-        });
-      }
+        }
+        sum.total += forward(loss, tile, static_cast<Real*>(nullptr));
+        backward(loss, tile, scale, gradients);
+        if (gradients == buffer) store(buffer, count, output, problem.element, offset);
+      };
+      for_all_tiles(problem, piece, reader, add);
       sums[index] = sum;
     }
   });
@@ -812,7 +910,7 @@ class Upstream {
   template <class Load>
   void apply(const PointwiseTile<Real>& tile, const Load& load, Real* gradients) const {
     if (uniform_) return;
-    alignas(64) Real upstream[kTile];
+    alignas(64) Real upstream[kTile + kPadding];
     alignas(64) Real factors[kTile];
     load(array_, upstream);
     fill_factors(tile, factors);
@@ -835,7 +933,7 @@ void backward_over_tiles(const PointwiseProblem& problem,
                          const Backward& backward) {
   using Real = typename Loss::Real;
   const Loss loss = Loss::from(problem);
-  const Pieces pieces(problem.rows, problem.columns);
+  const Pieces pieces = pieces_of_tiles(problem);
   const Carrier carrier = upstream.is_uniform() ? carrier_for<Loss>(problem) : Carrier::kBytes;
   const VectorKernels* vector = upstream.is_uniform() ? vector_kernels_for<Loss>(problem) : nullptr;
   const bool stream = is_streamed(problem);
@@ -845,29 +943,28 @@ void backward_over_tiles(const PointwiseProblem& problem,
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
-      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
-        for_tiles(piece, row, reader, [&](const Tile<Real>& labelled, int64_t begin) {
-          const int64_t offset = row * problem.columns + begin;
-          Real* gradients = problem.element == kElementOf<Real>
-                                ? static_cast<Real*>(grad_input) + offset
-                                : buffer;
-          const int count = labelled.count;
-          const PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
-          if constexpr (std::is_same_v<Real, float>) {
-            if (vector != nullptr) {
-              vector->softplus_gradients(tile, upstream.scale(), stream,
-                                         element_at(grad_input, problem.element, offset));
-              return;
-            }
+      const auto write = [&](const Tile<Real>& labelled, int64_t row, int64_t begin) {
+        const int64_t offset = row * problem.columns + begin;
+        Real* gradients =
+            problem.element == kElementOf<Real> ? static_cast<Real*>(grad_input) + offset : buffer;
+        const int count = labelled.count;
+        PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+        if constexpr (std::is_same_v<Real, float>) {
+          if (vector != nullptr) {
+            void* out = element_at(grad_input, problem.element, offset);
+            const float scale = upstream.scale();
+            if (VectorLoss<Loss>::gradients(*vector, loss, tile, scale, stream, out)) return;
+            reader.decode(tile);
           }
-          backward(loss, tile, upstream.scale(), gradients);
-          const auto load_own = [&](const Strided& array, Real* out) {
-            PointwiseConstants<Real>::load_columns(array, row, begin, count, out);
-          };
-          upstream.apply(tile, load_own, gradients);
-          if (gradients == buffer) store(buffer, count, grad_input, problem.element, offset);
-        });
-      }
+        }
+        backward(loss, tile, upstream.scale(), gradients);
+        const auto load_own = [&](const Strided& array, Real* out) {
+          constants.load_columns(array, row, begin, count, out);
+        };
+        upstream.apply(tile, load_own, gradients);
+        if (gradients == buffer) store(buffer, count, grad_input, problem.element, offset);
+      };
+      for_all_tiles(problem, piece, reader, write);
     }
     if (vector != nullptr && stream) vector->fence();
   });

@@ -11,6 +11,7 @@
 #include "cpu/lanes.h"
 #include "cpu/memory.h"
 #include "cpu/pointwise.h"
+#include "cpu/short_rows.h"
 #include "cpu/tiles.h"
 #include "cpu/vector_kernels.h"
 #include "cpu/work.h"
@@ -257,43 +258,32 @@ struct RowReader {
 template <class Real, class Sums>
 RowSums<double> sums_of_piece(const Problem& problem, const Piece& piece, int64_t row,
                               RowReader<Real>& reader, const Sums& sums) {
-  RowSums<double> sum = RowSums<double>::empty();
+  RunningSums running;
+  RowSums<double> others = RowSums<double>::empty();
+  bool has_others = false;
   const VectorKernels* vector = reader.vector;
   for_row_tiles(problem, piece, row, reader.tiles, reader.entries, [&](Tile<Real> tile, int64_t) {
     if (tile.labels.empty) return;
-    RowSums<double> part;
-    bool done = false;
     if constexpr (std::is_same_v<Real, float>) {
-      done = vector != nullptr && tile.labels.kind != TargetKind::kSoft &&
-             vector->exponential_sums(tile, &part);
+      const bool is_soft = tile.labels.kind == TargetKind::kSoft;
+      if (vector != nullptr && !is_soft && vector->exponential_sums(tile, &running)) return;
     }
-    if (!done) {
-      if (vector != nullptr) reader.tiles.decode(tile);
-      part = sums(tile);
-    }
-    sum.positive = combine(sum.positive, part.positive);
-    sum.negative = combine(sum.negative, part.negative);
+    if (vector != nullptr) reader.tiles.decode(tile);
+    others = has_others ? combine(others, sums(tile)) : sums(tile);
+    has_others = true;
   });
-  return sum;
+  if (vector == nullptr) return others;
+  return has_others ? combine(running.scaled(), others) : running.scaled();
 }
 
 // Combines the pieces of a row, the first of which is `parts`.
 inline RowSums<double> combined(const RowSums<double>* parts, int64_t count) {
   RowSums<double> sum = RowSums<double>::empty();
   for (int64_t i = 0; i < count; ++i) {
-    sum.positive = combine(sum.positive, parts[i].positive);
-    sum.negative = combine(sum.negative, parts[i].negative);
+    sum = combine(sum, parts[i]);
   }
   return sum;
 }
-
-// Where gradients go.
-struct GradientTarget {
-  void* data;          // [N, C], element type of the logits
-  int64_t row_stride;  // in elements
-  void* threshold;     // [N], element type of the statistics; or nullptr
-  bool stream;         // past the caches: nobody reads it soon, and it is not the logits
-};
 
 // Writes the gradients of a piece of a row, times `scale`; `gradients` wraps gradients_of_tile.
 // `target` may be the logits.
@@ -341,14 +331,33 @@ void write_gradients(const RowwiseProblem& problem, const Piece& piece, int64_t 
   if (by_entries) reader.row_of_entries.write(problem, target.data, row * target.row_stride);
 }
 
+// Pieces of a problem, with as many rows as short rows are taken at a time.
+template <class Loss, class Real>
+Pieces pieces_of_rows(const RowwiseProblem& problem, bool writes_rows) {
+  return goes_by_entries(problem) ? pieces_of_entries(problem, writes_rows)
+                                  : Pieces(problem.rows, problem.columns)
+                                        .of_groups(ShortRows<Loss, Real>(problem).step());
+}
+
+// Calls take(row, rows) for the rows of a piece, several at a time if they are short; where it
+// returns false, body(row) for each of them.
+template <class ShortRows, class Take, class Body>
+void for_rows(const Piece& piece, const ShortRows& short_rows, const Take& take, const Body& body) {
+  const int64_t step = short_rows.step();
+  for (int64_t row = piece.row_begin; row < piece.row_end; row += step) {
+    const int64_t end = std::min(row + step, piece.row_end);
+    if (step > 1 && take(row, static_cast<int>(end - row))) continue;
+    for (int64_t own = row; own < end; ++own) body(own);
+  }
+}
+
 // Loss and gradient in one pass: of each row first the sums, then the gradients, while it is in the
 // cache. Long rows go in groups of as many elements as there is work for all threads.
-template <class Loss, class Real, class Sums, class Gradients>
+template <class Loss, class Real, class Sums, class Finish, class Gradients>
 void rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums,
-                      const Gradients& gradients) {
+                      const Finish& finish_rows, const Gradients& gradients) {
   constexpr int64_t kGroup = 64 * kPiece;
-  const Pieces pieces = goes_by_entries(problem) ? pieces_of_entries(problem, true)
-                                                 : Pieces(problem.rows, problem.columns);
+  const Pieces pieces = pieces_of_rows<Loss, Real>(problem, true);
   auto* statistics = static_cast<RowStatistics<Real>*>(output.statistics);
   std::vector<double> losses(problem.rows);
   double counted = 0;
@@ -376,18 +385,31 @@ void rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output
     const int64_t end = std::min(begin + group, pieces.count());
     for_pieces(begin, end, [&](int64_t first, int64_t last) {
       RowReader<Real> reader(problem);
+      ShortRows<Loss, Real> short_rows(problem);
       for (int64_t index = first; index < last; ++index) {
         const Piece piece = pieces[index];
-        for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+        const auto write = [&](int64_t row) {
+          write_gradients<Loss>(problem, piece, row, scale_of_row(row), statistics[row], target,
+                                reader, gradients);
+        };
+        const auto take = [&](int64_t row, int rows) {
+          if (!short_rows.forward(row, rows, finish_rows, losses.data() + row, statistics + row)) {
+            return false;
+          }
+          if (!short_rows.gradients(row, rows, statistics + row, scale_of_row, target)) {
+            for (int64_t own = row; own < row + rows; ++own) write(own);
+          }
+          return true;
+        };
+        for_rows(piece, short_rows, take, [&](int64_t row) {
           const auto sum = sums_of_piece(problem, piece, row, reader, sums);
           if (per_row > 1) {
             partial[index - begin] = sum;
-            continue;
+            return;
           }
           finish(row, sum);
-          write_gradients<Loss>(problem, piece, row, scale_of_row(row), statistics[row], target,
-                                reader, gradients);
-        }
+          write(row);
+        });
       }
     });
     if (per_row == 1) break;
@@ -407,16 +429,15 @@ void rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output
   reduce_rows<Real>(problem, losses, output);
 }
 
-// Loss: the row loss, with static finish(); `sums` wraps sums_of_tile, `gradients`
-// gradients_of_tile.
-template <class Loss, class Real, class Sums, class Gradients>
+// Loss: the row loss, with static finish(); `sums` wraps sums_of_tile, `finish_rows` finish_rows,
+// `gradients` gradients_of_tile.
+template <class Loss, class Real, class Sums, class Finish, class Gradients>
 void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums,
-                     const Gradients& gradients) {
+                     const Finish& finish_rows, const Gradients& gradients) {
   if (output.gradient != nullptr) {
-    return rowwise_one_pass<Loss, Real>(problem, output, sums, gradients);
+    return rowwise_one_pass<Loss, Real>(problem, output, sums, finish_rows, gradients);
   }
-  const Pieces pieces = goes_by_entries(problem) ? pieces_of_entries(problem, false)
-                                                 : Pieces(problem.rows, problem.columns);
+  const Pieces pieces = pieces_of_rows<Loss, Real>(problem, false);
   auto* statistics = static_cast<RowStatistics<Real>*>(output.statistics);
   std::vector<double> losses(problem.rows);
   // Sums of the pieces of long rows, to be combined in order.
@@ -427,16 +448,20 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     RowReader<Real> reader(problem);
+    ShortRows<Loss, Real> short_rows(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
-      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+      const auto take = [&](int64_t row, int rows) {
+        return short_rows.forward(row, rows, finish_rows, losses.data() + row, statistics + row);
+      };
+      for_rows(piece, short_rows, take, [&](int64_t row) {
         const auto sum = sums_of_piece(problem, piece, row, reader, sums);
         if (partial.empty()) {
           finish(row, sum);
         } else {
           partial[index] = sum;
         }
-      }
+      });
     }
   });
   if (!partial.empty()) {
@@ -450,25 +475,32 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
 template <class Loss, class Real, class Gradients>
 void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
                       const BackwardOutput& output, const Gradients& gradients) {
-  const Pieces pieces = goes_by_entries(problem) ? pieces_of_entries(problem, true)
-                                                 : Pieces(problem.rows, problem.columns);
+  const Pieces pieces = pieces_of_rows<Loss, Real>(problem, true);
   const auto* statistics = static_cast<const RowStatistics<Real>*>(input.statistics);
   const GradientTarget target{output.grad_input, problem.columns, output.grad_threshold,
                               is_streamed(problem)};
   prefer_huge_pages(output.grad_input,
                     problem.rows * problem.columns * element_size(problem.element));
+  const bool is_uniform = input.grad_output.row_stride == 0;
+  const double upstream =
+      is_uniform && problem.rows > 0 ? value_at(input.grad_output, 0) : 0;  // may have no memory
   const auto scale_of_row = [&](int64_t row) {
     const double weight = weight_at(problem.weight, row);
-    return weight == 0 ? 0.0 : weight * *input.scale * value_at(input.grad_output, row);
+    const double own = is_uniform ? upstream : value_at(input.grad_output, row);
+    return weight == 0 ? 0.0 : weight * *input.scale * own;
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     RowReader<Real> reader(problem);
+    ShortRows<Loss, Real> short_rows(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
-      for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
+      const auto take = [&](int64_t row, int rows) {
+        return short_rows.backward(row, rows, statistics + row, scale_of_row, target);
+      };
+      for_rows(piece, short_rows, take, [&](int64_t row) {
         write_gradients<Loss>(problem, piece, row, scale_of_row(row), statistics[row], target,
                               reader, gradients);
-      }
+      });
     }
     if (reader.vector != nullptr && target.stream) reader.vector->fence();
   });
@@ -493,15 +525,19 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
                                     double* out) {                                                 \
     gradients_of_tile(tile, statistics, scale, out);                                               \
   }                                                                                                \
+  MLLOSS_CLONES bool finish_loop(const ShortRowSums& sums, const float* thresholds, int rows,      \
+                                 float* losses, RowStatistics<float>* statistics) {                \
+    return finish_rows<Loss>(sums, thresholds, rows, losses, statistics);                          \
+  }                                                                                                \
                                                                                                    \
   void forward(const RowwiseProblem& problem, const ForwardOutput& output) {                       \
     const auto loop = [](const auto& tile) { return sums_loop(tile); };                            \
     const auto gradient_loop = [](const auto& tile, const auto& statistics, auto scale,            \
                                   auto* out) { gradients_loop(tile, statistics, scale, out); };    \
     if (problem.element == Element::kDouble) {                                                     \
-      rowwise_forward<Loss, double>(problem, output, loop, gradient_loop);                         \
+      rowwise_forward<Loss, double>(problem, output, loop, finish_loop, gradient_loop);            \
     } else {                                                                                       \
-      rowwise_forward<Loss, float>(problem, output, loop, gradient_loop);                          \
+      rowwise_forward<Loss, float>(problem, output, loop, finish_loop, gradient_loop);             \
     }                                                                                              \
   }                                                                                                \
                                                                                                    \

@@ -40,6 +40,14 @@ class TileReader {
     labels_.start_row(row, begin, end);
   }
 
+  // All columns of `rows` rows follow, as one tile that begins at 0; their logits lie one behind
+  // the other. Returns false if they have to go row by row.
+  bool start_rows(int64_t row, int rows) {
+    row_ = row;
+    end_ = (problem_.rows - row) * problem_.columns;
+    return labels_.start_rows(row, rows);
+  }
+
   // The next `count` <= kTile columns, from left to right.
   Tile<Real> tile(int64_t begin, int count) {
     prefetch(begin + count, std::min<int64_t>(kTile, end_ - begin - count));

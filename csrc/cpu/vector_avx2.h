@@ -24,15 +24,13 @@ MLLOSS_VECTOR void store_bits(__m256i bits, bool stream, void* out) {
     _mm256_storeu_si256(static_cast<__m256i*>(out), bits);
   }
 }
-// bf16 in the lower half of each element, rounded to nearest even.
+// bf16 in the lower half of each element, rounded to nearest even. NaN stays NaN unless all its
+// lower 16 bits are set, see quiet_scale.
 MLLOSS_VECTOR __m256i round_bfloat16(Floats values) {
   const __m256i bits = _mm256_castps_si256(values);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
   const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  // The addition could carry NaN into infinity.
-  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+  return _mm256_srli_epi32(rounded, 16);
 }
 
 // Two vectors, one behind the other; a streamed address is a multiple of 64.
@@ -94,7 +92,7 @@ MLLOSS_VECTOR void copy_padded(const void* source, int64_t count, int64_t padded
   std::memset(static_cast<char*>(out) + count, 0, padded - count);
 }
 
-// e^x for x <= 0 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
+// e^x for x <= 80 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
 MLLOSS_VECTOR Floats exponential(Floats x) {
   // Adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits.
   const Floats round = all(12582912.0f);
@@ -106,6 +104,42 @@ MLLOSS_VECTOR Floats exponential(Floats x) {
                                          _mm256_set1_epi32(0x3f800000));
   const Mask is_tiny = _mm256_cmp_ps(x, all(-87.3365448f), _CMP_LT_OQ);
   return _mm256_andnot_ps(is_tiny, multiply(p, _mm256_castsi256_ps(power)));
+}
+
+// e^x - 1 for x <= 0 (or NaN).
+MLLOSS_VECTOR Floats expm1_of(Floats x) {
+  x = maximum(all(-87), x);
+  const Floats round = all(12582912.0f);
+  const Floats shifted = multiply_add(x, all(kLog2E), round);
+  const Floats r = _mm256_fnmadd_ps(subtract(shifted, round), all(kLn2), x);
+  Floats p = all(kExponential[0]);
+  for (int i = 1; i < 5; ++i) p = multiply_add(p, r, all(kExponential[i]));
+  const Floats power = _mm256_castsi256_ps(_mm256_add_epi32(
+      _mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
+  return multiply_add(multiply(p, r), power, subtract(power, all(1)));
+}
+
+// Whether some element of x is greater than that of y, or not a number.
+MLLOSS_VECTOR bool any_not_less(Floats x, Floats y) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_NLE_UQ)) != 0;
+}
+
+// e^-|x| of several vectors.
+template <int kCount>
+MLLOSS_VECTOR void exponentials_of_size(Floats (&x)[kCount]) {
+  for (int j = 0; j < kCount; ++j) x[j] = exponential(minus_absolute(x[j]));
+}
+
+// x = 2^exponent rest with rest in [sqrt(1/2), sqrt(2)), for normal x > 0.
+struct Parts {
+  Floats exponent, rest, inverse_power;
+};
+MLLOSS_VECTOR Parts parts_of(Floats x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i k = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+  const __m256i power = _mm256_slli_epi32(k, 23);
+  return {_mm256_cvtepi32_ps(k), _mm256_castsi256_ps(_mm256_sub_epi32(bits, power)),
+          _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(0x3f800000), power))};
 }
 
 MLLOSS_VECTOR double sum_of(Floats x) {

@@ -25,15 +25,12 @@ MLLOSS_VECTOR void store_bits(__m512i bits, bool stream, void* out) {
   }
 }
 // bf16 in the upper half of each element, rounded to nearest even. In integers: the instruction for
-// it makes subnormals 0.
+// it makes subnormals 0. NaN stays NaN unless all its lower 16 bits are set, see quiet_scale.
 MLLOSS_VECTOR __m512i round_bfloat16(Floats values) {
   const __m512i bits = _mm512_castps_si512(values);
   const Mask is_odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
-  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
-  rounded = _mm512_mask_add_epi32(rounded, is_odd, rounded, _mm512_set1_epi32(1));
-  // The addition could carry NaN into infinity.
-  const Mask is_nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-  return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  return _mm512_mask_add_epi32(rounded, is_odd, rounded, _mm512_set1_epi32(1));
 }
 alignas(64) constexpr uint16_t kUpperHalves[] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
                                                  23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
@@ -100,15 +97,67 @@ MLLOSS_VECTOR void copy_padded(const void* source, int64_t count, int64_t padded
   }
 }
 
-// e^x for x <= 0 (or NaN).
+constexpr float kLeastExponent = -150;  // its exponential comes out as 0; that of -inf would as NaN
+
+MLLOSS_VECTOR Floats nearest_integer(Floats x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+// e^x for x <= 80 (or NaN).
 MLLOSS_VECTOR Floats exponential(Floats x) {
-  x = maximum(all(-150), x);  // e^-150 comes out as 0, and infinity would as NaN
-  const Floats k =
-      _mm512_roundscale_ps(multiply(x, all(kLog2E)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  x = maximum(all(kLeastExponent), x);
+  const Floats k = nearest_integer(multiply(x, all(kLog2E)));
   const Floats r = _mm512_fnmadd_ps(k, all(kLn2), x);
   Floats p = all(kExponential[0]);
   for (int i = 1; i < 6; ++i) p = multiply_add(p, r, all(kExponential[i]));
   return _mm512_scalef_ps(p, k);
+}
+
+// e^x - 1 for x <= 0 (or NaN).
+MLLOSS_VECTOR Floats expm1_of(Floats x) {
+  x = maximum(all(kLeastExponent), x);
+  const Floats k = nearest_integer(multiply(x, all(kLog2E)));
+  const Floats r = _mm512_fnmadd_ps(k, all(kLn2), x);
+  Floats p = all(kExponential[0]);
+  for (int i = 1; i < 5; ++i) p = multiply_add(p, r, all(kExponential[i]));
+  const Floats power = _mm512_scalef_ps(all(1), k);
+  return multiply_add(multiply(p, r), power, subtract(power, all(1)));
+}
+
+// Whether some element of x is greater than that of y, or not a number.
+MLLOSS_VECTOR bool any_not_less(Floats x, Floats y) {
+  return _mm512_cmp_ps_mask(x, y, _CMP_NLE_UQ) != 0;
+}
+
+// e^-|x|, and 0 for NaN, of several vectors. Step by step, so that what waits for each other does
+// not fill the CPU's queues: 5 to 10 % faster than vector by vector.
+template <int kCount>
+MLLOSS_VECTOR void exponentials_of_size(Floats (&x)[kCount]) {
+  constexpr int kSmaller = 0b10, kSigned = 0b11;
+  Floats k[kCount], p[kCount];
+  for (int j = 0; j < kCount; ++j) {
+    // Of two numbers the one of the smaller size, with the sign set.
+    x[j] = _mm512_range_ps(x[j], all(kLeastExponent), kSmaller | kSigned << 2);
+  }
+  for (int j = 0; j < kCount; ++j) k[j] = nearest_integer(multiply(x[j], all(kLog2E)));
+  for (int j = 0; j < kCount; ++j) x[j] = _mm512_fnmadd_ps(k[j], all(kLn2), x[j]);
+  for (int j = 0; j < kCount; ++j) p[j] = all(kExponential[0]);
+  for (int i = 1; i < 6; ++i) {
+    for (int j = 0; j < kCount; ++j) p[j] = multiply_add(p[j], x[j], all(kExponential[i]));
+  }
+  for (int j = 0; j < kCount; ++j) x[j] = _mm512_scalef_ps(p[j], k[j]);
+}
+
+// x = 2^exponent rest with rest in [sqrt(1/2), sqrt(2)), for normal x > 0.
+struct Parts {
+  Floats exponent, rest, inverse_power;
+};
+MLLOSS_VECTOR Parts parts_of(Floats x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i k = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  const __m512i power = _mm512_slli_epi32(k, 23);
+  return {_mm512_cvtepi32_ps(k), _mm512_castsi512_ps(_mm512_sub_epi32(bits, power)),
+          _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_set1_epi32(0x3f800000), power))};
 }
 
 MLLOSS_VECTOR double sum_of(Floats x) { return _mm512_reduce_add_ps(x); }

@@ -5,6 +5,7 @@
 #include <string_view>
 
 #include "cpu/isa.h"
+#include "cpu/short_row_kernels.h"
 #include "math/scalar.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -41,16 +42,18 @@ constexpr float kLn2 = 0.693147182f;  // off by 1.9e-9: at most 2.4e-7 of e^x fo
 constexpr float kExponential[] = {8.297646e-3f,  4.191543e-2f, 1.6667575e-1f,
                                   4.9998894e-1f, 9.999997e-1f, 1.0f};
 
-// Bytes from what is read to what is fetched: about as long as memory takes to answer.
-constexpr int kPrefetch = 8192;
+// (log(1 + f) - f + f^2 / 2) / f^3 for f in [sqrt(1/2) - 1, sqrt(2) - 1]: minimax polynomial,
+// relative error of the logarithm 8e-10.
+constexpr float kLogarithm[] = {6.74663395e-2f,  -1.16756455e-1f, 1.18881617e-1f,
+                                -1.24055899e-1f, 1.42195526e-1f,  -1.66679958e-1f,
+                                2.00021186e-1f,  -2.50000096e-1f, 3.33333126e-1f};
+// log(1 + e) / e for e in [0, 1]: minimax polynomial, relative error 3.3e-8.
+constexpr float kLog1p[] = {5.36542246e-3f,  -3.00683007e-2f, 7.92088285e-2f,
+                            -1.37541875e-1f, 1.91538483e-1f,  -2.48572171e-1f,
+                            3.33213300e-1f,  -4.99996483e-1f, 1.0f};
 
-// The sum of log(1 + q).
-MLLOSS_CLONES double sum_of_logarithms(const float* q, int count) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < count; ++i) sum += log1p_nonnegative(q[i]);
-  return static_cast<double>(sum);
-}
+// Bytes from what is read to what is fetched: about as long as memory takes to answer.
+constexpr int kPrefetch = 16384;
 
 }  // namespace
 }  // namespace mlloss::cpu
@@ -61,6 +64,7 @@ namespace mlloss::cpu::avx512 {
 namespace {
 #include "cpu/vector_avx512.h"
 #include "cpu/vector_loops.h"
+#include "cpu/vector_short_rows.h"
 }  // namespace
 }  // namespace mlloss::cpu::avx512
 #undef MLLOSS_TARGET
@@ -70,6 +74,7 @@ namespace mlloss::cpu::avx2 {
 namespace {
 #include "cpu/vector_avx2.h"
 #include "cpu/vector_loops.h"
+#include "cpu/vector_short_rows.h"
 }  // namespace
 }  // namespace mlloss::cpu::avx2
 
@@ -95,6 +100,13 @@ const VectorKernels* vector_kernels() {
   return kernels;
 }
 
+const ShortRowKernels* short_row_kernels() {
+  const VectorKernels* kernels = vector_kernels();
+  return kernels == &avx512::kKernels ? &avx512::kShortRowKernels
+         : kernels == &avx2::kKernels ? &avx2::kShortRowKernels
+                                      : nullptr;
+}
+
 }  // namespace mlloss::cpu
 
 #else
@@ -102,6 +114,7 @@ const VectorKernels* vector_kernels() {
 namespace mlloss::cpu {
 
 const VectorKernels* vector_kernels() { return nullptr; }
+const ShortRowKernels* short_row_kernels() { return nullptr; }
 
 }  // namespace mlloss::cpu
 

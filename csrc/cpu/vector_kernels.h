@@ -3,10 +3,77 @@
 // logits. What they do not take, and every other CPU, goes through the loops of pointwise.h and
 // rowwise.h, which are the specification of these.
 #pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 #include "cpu/tiles.h"
 #include "math/multilabel_categorical_crossentropy.h"
 
 namespace mlloss::cpu {
+
+// What the elements of a tile are multiplied by. Arrays of kTile elements, or nullptr: ones.
+struct Factors {
+  const float* weight;    // 0 leaves an element out
+  const float* positive;  // of positives, beside the weight
+};
+
+// What the whole part of a power is multiplied out of, see math/power.h.
+struct WholePower {
+  float ones, twos, fours;  // each 0 or 1
+};
+
+// See math/sigmoid_focal_loss.h.
+struct FocalConstants {
+  float positive_factor, negative_factor;
+  float gamma;
+  WholePower power;
+};
+
+// See math/asymmetric_loss.h.
+struct AsymmetricConstants {
+  WholePower negative_power, positive_power;
+  float negative_slope, positive_slope;
+  float clip, rest;
+  float logit_high, logit_low;
+};
+
+// A sum of e^x over what has been seen of one side of a row, as e^shift * sum. The shift was the
+// largest x of some tile and is raised only when one is so much larger that floats might overflow:
+// so there is seldom anything to rescale.
+struct RunningSum {
+  static constexpr float kNear = 32;
+
+  float shift = -std::numeric_limits<float>::max();
+  float largest = -kInfinity<float>;
+  double sum = 0;
+
+  bool is_empty() const { return largest == -kInfinity<float>; }
+  bool is_near(float value) const { return value <= shift + kNear; }
+
+  void raise(float value) {
+    if (is_near(value)) return;
+    sum *= std::exp(static_cast<double>(shift) - value);
+    shift = value;
+  }
+
+  // `part` is relative to e^shift.
+  void add(float value, double part) {
+    largest = std::max(largest, value);
+    sum += part;
+  }
+
+  ScaledSum<double> scaled() const {
+    if (is_empty() || shift == largest) return {largest, sum};  // empty: 0, or NaN
+    return {largest, sum * std::exp(static_cast<double>(shift) - largest)};
+  }
+};
+
+struct RunningSums {
+  RunningSum positive, negative;
+
+  RowSums<double> scaled() const { return {positive.scaled(), negative.scaled()}; }
+};
 
 // They read `stored` and `element` of a tile rather than its `logits`, and write gradients of that
 // element type. `stream`: past the caches, for outputs that do not fit into them anyway.
@@ -14,8 +81,22 @@ struct VectorKernels {
   // The sum of softplus over a tile without weights.
   double (*softplus_sum)(const Tile<float>& tile);
   void (*softplus_gradients)(const Tile<float>& tile, float scale, bool stream, void* gradients);
+  // The same with constants of the elements, for hard targets.
+  double (*weighted_softplus_sum)(const Tile<float>& tile, const Factors& factors);
+  void (*weighted_softplus_gradients)(const Tile<float>& tile, const Factors& factors, float scale,
+                                      bool stream, void* gradients);
+  // For hard targets; `weight` as in Factors.
+  double (*focal_sum)(const Tile<float>& tile, const float* weight, const FocalConstants& loss);
+  void (*focal_gradients)(const Tile<float>& tile, const float* weight, const FocalConstants& loss,
+                          float scale, bool stream, void* gradients);
+  double (*asymmetric_sum)(const Tile<float>& tile, const float* weight,
+                           const AsymmetricConstants& loss);
+  void (*asymmetric_gradients)(const Tile<float>& tile, const float* weight,
+                               const AsymmetricConstants& loss, float scale, bool stream,
+                               void* gradients);
   // For hard targets. Return false, with nothing written, if infinite logits need the other loops.
-  bool (*exponential_sums)(const Tile<float>& tile, RowSums<double>* sums);
+  // The first adds to sums over the tiles before.
+  bool (*exponential_sums)(const Tile<float>& tile, RunningSums* sums);
   bool (*exponential_gradients)(const Tile<float>& tile, const RowStatistics<float>& statistics,
                                 float scale, bool stream, void* gradients);
   // How many elements of a masked tile are observed.

@@ -39,6 +39,13 @@ class Pieces {
     return per_row_ > 1 ? rows_ * per_row_ : (rows_ + rows_per_piece_ - 1) / rows_per_piece_;
   }
 
+  // The same with multiples of so many rows in a piece.
+  Pieces of_groups(int64_t rows) const {
+    Pieces pieces = *this;
+    pieces.rows_per_piece_ = std::max<int64_t>(1, rows_per_piece_ / rows) * rows;
+    return pieces;
+  }
+
   // Pieces that a row is split into.
   int64_t per_row() const { return per_row_; }
 

@@ -54,6 +54,11 @@ MLLOSS_MATH ScaledSum<Real> combine(ScaledSum<Real> a, ScaledSum<Real> b) {
   return {largest, a_part + b_part};
 }
 
+template <class Real>
+MLLOSS_MATH RowSums<Real> combine(const RowSums<Real>& a, const RowSums<Real>& b) {
+  return {combine(a.positive, b.positive), combine(a.negative, b.negative)};
+}
+
 // Everything the gradient of a row needs: d/dx_i = -y_i k_p e^(-x_i - m_p) + (1 - y_i) k_n e^(x_i -
 // m_n). The maxima are logits (or s0) and therefore exact; their difference to a logit is as well.
 template <class Real>
@@ -108,6 +113,31 @@ struct Softplus {
   }
 };
 
+#if !MLLOSS_DEVICE_MATH
+// In fp32 without branches, so that loops over rows become vectors.
+template <>
+struct Softplus<float> {
+  float value, slope;
+
+  MLLOSS_MATH Softplus(float sum, ExactSum<float> exponent) {
+    constexpr float kFar = 32;
+    const float e = exp_nonpositive(-absolute(exponent.sum));
+    const bool is_far = exponent.sum > kFar;
+    const float power = exponent.sum > 0 ? 1 / e : e;
+    const float u = sum * (power + power * exponent.lost);
+    // One logarithm for both cases: that of `total` plus what rounding has lost of it.
+    const float larger = is_far ? sum : u < 1 ? 1.0f : u;
+    const float smaller = is_far ? e : u < 1 ? u : 1.0f;
+    const float total = larger + smaller;
+    const float logarithm = log_of_sum(total, smaller - (total - larger));
+    const float far_value = exponent.sum + (exponent.lost + logarithm);
+    const float slope_if_any = 1 / (1 + (is_far ? e / sum : 1 / u));
+    value = sum == 0 ? 0 * e : is_far ? far_value : logarithm;
+    slope = sum == 0 ? 0 * e : slope_if_any;
+  }
+};
+#endif
+
 struct MultilabelCategoricalCrossentropy {
   static constexpr bool kHasThreshold = true;
 
@@ -125,6 +155,13 @@ struct MultilabelCategoricalCrossentropy {
                                              Real threshold) {
     return statistics.negative_factor * Real(std::exp(threshold - statistics.negative_shift)) -
            statistics.positive_factor * Real(std::exp(-threshold - statistics.positive_shift));
+  }
+
+  // The same of a finite threshold, which is not beyond the shifts.
+  MLLOSS_MATH static float finite_threshold_gradient(const RowStatistics<float>& statistics,
+                                                     float threshold) {
+    return statistics.negative_factor * exp_nonpositive(threshold - statistics.negative_shift) -
+           statistics.positive_factor * exp_nonpositive(-threshold - statistics.positive_shift);
   }
 
  private:
