@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import mlloss_cuda
 from mlloss_cuda.targets import PackedLabels, SparseLabels
 from tests.conftest import thread_order, use_backend
 from tests.emulation.build import load_or_skip
-
-pytestmark = pytest.mark.emulated
 
 LOSSES: list[Callable[..., Tensor]] = [
     mlloss_cuda.multilabel_categorical_crossentropy,
@@ -114,6 +114,7 @@ def assert_near(
     torch.testing.assert_close(gradient.double(), expected[1], rtol=relative, atol=smallest)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize(
@@ -189,6 +190,7 @@ def inputs(
 
 
 # The first size leaves the last blocks of a large cluster nothing to do.
+@pytest.mark.emulated
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("labels", CLUSTERED)
 @pytest.mark.parametrize("columns", [1100, 9001])
@@ -221,6 +223,7 @@ def test_clusters(loss: Callable[..., Tensor], labels: str, columns: int, cluste
         assert all(map(torch.equal, result, results[1]))
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize(
     ("limits", "dtype", "cluster"),
     [
@@ -250,6 +253,7 @@ def test_few_rows_take_large_clusters(
     assert_near(results[0], expected)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("cluster_blocks", [1, 4])
 def test_rows_that_no_cluster_holds_are_read_twice(cluster_blocks: int) -> None:
     loss = mlloss_cuda.multilabel_categorical_crossentropy
@@ -270,6 +274,7 @@ def test_rows_that_no_cluster_holds_are_read_twice(cluster_blocks: int) -> None:
     assert_near(result, expected)
 
 
+@pytest.mark.emulated
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
 @pytest.mark.parametrize("cluster", [2, 8])
 @pytest.mark.usefixtures("unchecked")
@@ -295,6 +300,28 @@ def test_invalid_labels_make_the_row_nan_in_every_block(
         torch.testing.assert_close(result, expected, equal_nan=True)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("labels", ["bool", "packed", "sparse"])
+@pytest.mark.parametrize("columns", [40_003, 300_001, 1_600_001, 2_500_001])
+def test_long_rows_on_a_gpu(loss: Callable[..., Tensor], labels: str, columns: int) -> None:
+    logits, positive, observed = problem(columns, torch.bfloat16)
+    make = FORMATS[labels]
+    with use_backend("reference"):
+        expected = run(loss, logits.double(), positive, mask=observed)
+    with use_backend("cuda") as backend:
+        move = partial(tree_map_only, Tensor, lambda tensor: tensor.to(backend.device))
+        target, mask = move(make(positive)), move(make(observed))
+        results = [
+            run(loss, logits.to(backend.device), target, mask=mask, inplace_backward=True)
+            for _ in range(2)
+        ]
+    for result in results:
+        assert_near(tuple(each.cpu() for each in result), expected)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.emulated
 @pytest.mark.parametrize("columns", [7, 2000])
 def test_observed_labels(columns: int) -> None:
     loss = mlloss_cuda.multilabel_categorical_crossentropy
