@@ -61,6 +61,7 @@ def test_hot_loop_is_within_its_budget(
         count = instructions.count_hot_loop(library, hot, arch)
         assert count.spill_bytes == 0
         assert count.registers is not None
+        assert count.store_bytes in (None, 16), "narrower stores take longer for as many bytes"
         assert count.within_budget, (
             f"{count.instructions:.1f} instructions per element, budget {count.budget:g}"
         )

@@ -7,6 +7,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/sparse.cuh"
 #include "cuda/tiles.cuh"
 #include "cuda/vector.cuh"
 #include "math/scalar.h"
@@ -114,8 +115,11 @@ class RowWindow {
     logits_ = static_cast<const Scalar*>(problem_.logits) + row * problem_.row_stride;
     shift_ =
         static_cast<int>(reinterpret_cast<uintptr_t>(logits_) / sizeof(Scalar) % unsigned{kCount});
-    mask_is_valid_ = find_entries(problem_.mask, mask_first_, mask_last_);
-    is_valid_ = find_entries(problem_.target, target_first_, target_last_) && mask_is_valid_;
+    target_entries_ = mask_entries_ = {};
+    is_valid_ = mask_is_valid_ = true;
+    if (!exists) return;
+    mask_is_valid_ = find_entries(problem_.mask, row, mask_entries_);
+    is_valid_ = find_entries(problem_.target, row, target_entries_) && mask_is_valid_;
   }
 
   // Positions of the row: columns + shift.
@@ -212,21 +216,10 @@ class RowWindow {
   }
 
  private:
-  static constexpr unsigned kBadTarget = 1, kBadMask = 2;
   static constexpr uint32_t kAll = (1u << kCount) - 1u;
 
   __device__ __forceinline__ bool is_full(int place) const {
     return place >= first_ && place + kCount <= last_;
-  }
-
-  // The entries of this row; false if the offsets are no valid boundaries.
-  __device__ __forceinline__ bool find_entries(const Labels& labels, int64_t& first,
-                                               int64_t& last) const {
-    first = last = 0;
-    if (labels.format != Format::kSparse || !exists_) return true;
-    first = index_at(labels.offsets, labels.element, row_);
-    last = index_at(labels.offsets, labels.element, row_ + 1);
-    return first >= 0 && first <= last && last <= labels.entries;
   }
 
   __device__ __forceinline__ void collect_entries() {
@@ -243,54 +236,19 @@ class RowWindow {
       for (int i = group_.rank(); i < vectors() * kCount; i += group_.width) values_[i] = 0;
     }
     group_.sync();
+    const Marking mark{problem_.columns, column_, last_, group_.rank(), group_.width};
     bool bad_target = false, bad_mask = false;
     if (is_valid_) {
       bad_target = has_values
-                       ? mark_values()
-                       : mark_bits(problem_.target, target_first_, target_last_, target_bitmap_);
+                       ? mark.template values<Real>(problem_.target, target_entries_, values_)
+                       : mark.bits(problem_.target, target_entries_, target_bitmap_);
     }
-    if (mask_is_valid_) {
-      bad_mask = mark_bits(problem_.mask, mask_first_, mask_last_, mask_bitmap_);
-    }
+    if (mask_is_valid_) bad_mask = mark.bits(problem_.mask, mask_entries_, mask_bitmap_);
     // These two are what makes the marks visible to all.
     group_.sync();
     const bool any_bad_mask = sparse_mask && group_.any(bad_mask);
     mask_is_valid_ = mask_is_valid_ && !any_bad_mask;
     is_valid_ = !group_.any(bad_target) && is_valid_ && !any_bad_mask;
-  }
-
-  // Sets the bits of the entries within this window; returns whether an index is out of range.
-  __device__ __forceinline__ bool mark_bits(const Labels& labels, int64_t first, int64_t last,
-                                            unsigned* bitmap) const {
-    bool out_of_range = false;
-    for (int64_t i = first + group_.rank(); i < last; i += group_.width) {
-      const int64_t column = index_at(labels.data, labels.element, i);
-      const int64_t place = column - column_;
-      out_of_range |= column >= problem_.columns;
-      if (column >= 0 && column < problem_.columns && place >= 0 && place < last_) {
-        atomicOr(&bitmap[place / 32], 1u << (place % 32));
-      }
-    }
-    return out_of_range;
-  }
-
-  // The same for soft targets. Of duplicates the largest wins; the bits of numbers that are not
-  // negative are ordered as the numbers are. Invalid values become infinite, NaN when they are
-  // read.
-  __device__ __forceinline__ bool mark_values() const {
-    const Labels& target = problem_.target;
-    bool out_of_range = false;
-    for (int64_t i = target_first_ + group_.rank(); i < target_last_; i += group_.width) {
-      const int64_t column = index_at(target.data, target.element, i);
-      const int64_t place = column - column_;
-      out_of_range |= column >= problem_.columns;
-      if (column >= 0 && column < problem_.columns && place >= 0 && place < last_) {
-        const Real value = load_one<Real>(target.values, target.values_element, i);
-        atomicMax(&values_[place],
-                  bits_of(value >= 0 && value <= 1 ? value + Real(0) : kInfinity<Real>));
-      }
-    }
-    return out_of_range;
   }
 
   __device__ __forceinline__ static uint32_t bitmap_at(const unsigned* bitmap, int place) {
@@ -435,8 +393,7 @@ class RowWindow {
   bool exists_ = true;
   bool is_valid_ = true;
   bool mask_is_valid_ = true;
-  int64_t target_first_ = 0, target_last_ = 0;
-  int64_t mask_first_ = 0, mask_last_ = 0;
+  Entries target_entries_, mask_entries_;
 };
 
 }  // namespace mlloss::cuda

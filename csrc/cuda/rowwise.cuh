@@ -4,16 +4,19 @@
 // Short rows      a part of a warp per row, all passes in one kernel, the row in registers
 // Forward         rows split over blocks: sums of segments, then the loss of each row from them
 // Backward        rows split over blocks
-// One pass        a row that fits stays in the shared memory of a block between its sums and its
-//                 gradient; longer rows take the passes above, a few rows at a time, so that the
-//                 second reading finds them in the L2 cache
+// One pass        a row that fits stays in the shared memory of a block, or of a cluster of blocks,
+//                 between its sums and its gradient: up to about 1.7 million 16-bit logits on an
+//                 H100. Longer rows take the passes above, a few rows at a time, so that the second
+//                 reading finds them in the L2 cache
 //
 // Bytes per element, s = size of a logit, t and u = bytes of target and mask (bool 1, sparse about
 // 0, float 4): forward s + t + u, backward and one pass 2 s + t + u. Expected limit: memory. Not
 // measured on a GPU yet.
 //
 // How rows are split depends on shapes alone, and losses of rows are added up in a fixed order.
-// Only the way that the one pass takes depends on the GPU, through its shared memory.
+// Only the way that the one pass takes depends on the GPU: on its shared memory, its clusters and
+// how many multiprocessors there are to be filled. Each way gives the same bits every time; two
+// ways round differently.
 #pragma once
 #include <cstdint>
 #include <limits>
@@ -548,54 +551,76 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor<Scalar>) ro
   }
 }
 
-// ---- Rows in the shared memory of a block ----
+// ---- Rows on chip ----
 
 // Blocks of up to this many threads: as many as it takes to keep memory busy when a row leaves room
 // for one block on a multiprocessor.
 constexpr int kOnChipThreads = 512;
 
-// Loss and gradient of each row by one block, its logits in dynamic shared memory in between. A
-// thread takes the same vectors both times, so that no barrier is needed for them.
+// The sums of a cluster, in all of its threads, from those of its blocks: every warp reads them in
+// the order of their ranks, so that all get the same bits. `totals` is in shared memory, [2];
+// consecutive calls use its halves in turn, which makes one barrier enough.
+template <class Real>
+__device__ __forceinline__ RowSums<Real> cluster_sums(const RowSums<Real>& own,
+                                                      RowSums<Real>* totals, int turn) {
+  RowSums<Real>* place = totals + turn % 2;
+  if (threadIdx.x == 0) *place = own;
+  cluster_barrier();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  return lanes_sums(lane < cluster_blocks() ? load_from_block(place, lane) : no_sums<Real>(), 32);
+}
+
+// Loss and gradient of each row by one cluster, mostly of a single block. Each block keeps `width`
+// positions of the row in its dynamic shared memory in between. A thread takes the same vectors
+// both times, so that no barrier is needed for them.
 template <class Loss, class Scalar, bool kSoft>
 __global__ void __launch_bounds__(kOnChipThreads, 1)
-    rowwise_on_chip(const RowwiseProblem problem,
+    rowwise_on_chip(const RowwiseProblem problem, const int64_t width,
                     const RowResults<typename Arithmetic<Scalar>::Real> results,
                     const GradientPass<Scalar> pass) {
   using Window = RowWindow<Scalar, kSoft, BlockGroup>;
   using Real = typename Window::Real;
   MLLOSS_SHARED_WINDOW(Window, kSoft);
   MLLOSS_SHARED_ARRAY(RowSums<Real>, warps, 2 * kMostWarps);
+  MLLOSS_SHARED_ARRAY(RowSums<Real>, totals, 2);
   MLLOSS_DYNAMIC_SHARED_ARRAY(uint4, memory);
   auto* staged = reinterpret_cast<typename Window::Logits*>(memory);
 
   const BlockGroup group{static_cast<int>(blockDim.x)};
   Window window(problem, group, target_bitmap, mask_bitmap, values);
+  const int blocks = cluster_blocks();
+  const int64_t first = cluster_rank() * width;
+  const bool writes = cluster_rank() == 0 && threadIdx.x == 0;
   int turn = 0;
-  for (int64_t row = blockIdx.x; row < problem.rows; row += gridDim.x) {
+  for (int64_t row = blockIdx.x / blocks; row < problem.rows; row += gridDim.x / blocks) {
     window.start_row(row);
-    const int64_t last = window.positions();
+    const int64_t last = least(first + width, window.positions());
     RowSums<Real> sums = no_sums<Real>();
     uint32_t observed = 0;
-    for (int64_t begin = 0; begin < last; begin += kWindow<kSoft>) {
+    for (int64_t begin = first; begin < last; begin += kWindow<kSoft>) {
       window.start_window(begin, least(begin + kWindow<kSoft>, last));
       add_window<kSoft>(window, group.rank(), group.width, sums, observed,
-                        staged + begin / Window::kCount);
+                        staged + (begin - first) / Window::kCount);
     }
     if (!window.is_valid() && observed != 0) sums.negative.sum = kNaN<Real>;
-    sums = block_sums(sums, warps, turn++);
+    sums = block_sums(sums, warps, turn);
+    if (blocks > 1) sums = cluster_sums(sums, totals, turn);
+    ++turn;
     const RowStatistics<Real> statistics =
-        results.template finish<Loss>(problem, row, sums, threadIdx.x == 0);
+        results.template finish<Loss>(problem, row, sums, writes);
     const RowGradient<Loss, Scalar> own(problem, pass, row, statistics);
-    if (threadIdx.x == 0) own.write_threshold(problem, row, pass);
-    for (int64_t begin = 0; begin < last; begin += kWindow<kSoft>) {
+    if (writes) own.write_threshold(problem, row, pass);
+    for (int64_t begin = first; begin < last; begin += kWindow<kSoft>) {
       // The labels of a single window are still there.
-      if (last > kWindow<kSoft>) {
+      if (last - first > kWindow<kSoft>) {
         window.start_window(begin, least(begin + kWindow<kSoft>, last));
       }
       write_window<kSoft>(window, group.rank(), group.width, own, pass.row(row),
-                          staged + begin / Window::kCount);
+                          staged + (begin - first) / Window::kCount);
     }
   }
+  // Others may still read this block's sums.
+  if (blocks > 1) cluster_barrier();
 }
 
 // ---- Rows of which only the listed labels are observed ----
@@ -723,6 +748,40 @@ inline int64_t bytes_in_flight() {
   return (known && bytes > 0 ? bytes : kUsual) / 2;
 }
 
+// How one pass keeps a row on chip.
+struct OnChip {
+  int blocks;     // of a cluster; 0: the row is too long
+  int64_t width;  // positions for each of them
+  int64_t bytes;  // of the shared memory of each
+};
+
+// A larger cluster than a row needs is made of blocks that have at least so much of it: less is
+// there before sums have been exchanged.
+constexpr int64_t kLeastBytesOnChip = 16 << 10;
+// What a block has of a row is a multiple of this, so that no two write to the same cache line of a
+// row that is aligned.
+constexpr int64_t kCacheLine = 128;
+
+// The smallest cluster whose shared memory holds a row: where there are many rows, fewer exchanges.
+// Where there are fewer rows than multiprocessors, as many blocks as these can take. `size`: bytes
+// of a position.
+inline OnChip on_chip_of(int64_t rows, int64_t positions, int64_t size,
+                         const KernelLimits& limits) {
+  const auto bytes = [&](int blocks) {
+    return divide_up(divide_up(positions * size, blocks), kCacheLine) * kCacheLine;
+  };
+  int blocks = 1;
+  while (bytes(blocks) > limits.shared_bytes) {
+    blocks *= 2;
+    if (blocks > limits.cluster_blocks) return {};
+  }
+  while (2 * blocks <= limits.cluster_blocks && 2 * blocks * rows <= limits.multiprocessors &&
+         bytes(2 * blocks) >= kLeastBytesOnChip) {
+    blocks *= 2;
+  }
+  return {blocks, bytes(blocks) / size, bytes(blocks)};
+}
+
 // Short rows get more lanes than they need until the grid fills a GPU.
 constexpr int64_t kLanesWanted = int64_t{1} << 18;
 
@@ -826,13 +885,12 @@ class RowwiseLauncher {
   // Losses and gradients together.
   cudaError_t one_pass(RowSums<Real>* sums, const RowResults<Real>& results) const {
     if constexpr (!kIsChecked<Scalar>) {
-      const int64_t positions = problem_.columns + kWidth<Scalar> - 1;
-      const int64_t bytes = divide_up(positions, kWidth<Scalar>) * 16;
-      const auto most = for_targets([&](auto soft) {
-        return dynamic_shared_memory(rowwise_on_chip<Loss, Scalar, decltype(soft)::value>);
-      });
-      if (problem_.target.format != Format::kObserved && bytes <= most) {
-        return on_chip(static_cast<int>(bytes), results);
+      if (problem_.target.format != Format::kObserved) {
+        const OnChip layout = for_targets([&](auto soft) {
+          return on_chip_of(problem_.rows, problem_.columns + kWidth<Scalar> - 1, sizeof(Scalar),
+                            on_chip_limits<decltype(soft)::value>());
+        });
+        if (layout.blocks > 0) return on_chip(layout, results);
       }
     }
     int64_t rows = problem_.rows;
@@ -870,14 +928,22 @@ class RowwiseLauncher {
     return bytes;
   }
 
-  cudaError_t on_chip(int bytes, const RowResults<Real>& results) const {
+  template <bool kSoft>
+  static KernelLimits on_chip_limits() {
+    static KnownLimits limits;
+    return limits.of(rowwise_on_chip<Loss, Scalar, kSoft>, kOnChipThreads);
+  }
+
+  cudaError_t on_chip(const OnChip& layout, const RowResults<Real>& results) const {
     // A few vectors per thread.
     int threads = 128;
-    while (threads < kOnChipThreads && threads * 16 * 8 < bytes) threads *= 2;
+    while (threads < kOnChipThreads && threads * 16 * 8 < layout.bytes) threads *= 2;
+    const int64_t clusters = least(problem_.rows, kMaxBlocks / layout.blocks);
     return for_targets([&](auto soft) {
-      return MLLOSS_LAUNCH_SHARED((rowwise_on_chip<Loss, Scalar, decltype(soft)::value>),
-                                  grid_of(problem_.rows, kMaxBlocks), dim3(threads), bytes, stream_,
-                                  problem_, results, pass_);
+      return MLLOSS_LAUNCH_CLUSTERS((rowwise_on_chip<Loss, Scalar, decltype(soft)::value>),
+                                    dim3(static_cast<unsigned>(clusters * layout.blocks)),
+                                    dim3(threads), layout.blocks, layout.bytes, stream_, problem_,
+                                    layout.width, results, pass_);
     });
   }
 

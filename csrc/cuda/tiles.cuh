@@ -5,6 +5,7 @@
 #pragma once
 #include <cstdint>
 
+#include "cuda/sparse.cuh"
 #include "cuda/vector.cuh"
 #include "math/scalar.h"
 #include "problem.h"
@@ -100,15 +101,6 @@ struct SharedLabels<double, true> {
   static constexpr int kValues = kTileWidth;
 };
 
-__device__ __forceinline__ unsigned bits_of(float value) { return __float_as_uint(value); }
-__device__ __forceinline__ unsigned long long bits_of(double value) {
-  return static_cast<unsigned long long>(__double_as_longlong(value));
-}
-__device__ __forceinline__ float real_of(unsigned bits) { return __uint_as_float(bits); }
-__device__ __forceinline__ double real_of(unsigned long long bits) {
-  return __longlong_as_double(static_cast<long long>(bits));
-}
-
 // Reads the labels of a row tile by tile. kSoft: targets are wanted as numbers.
 template <class Real, int kCount, bool kSoft>
 class LabelTiles {
@@ -128,8 +120,8 @@ class LabelTiles {
     row_ = row;
     shift_ = shift;
     window_begin_ = -1;
-    mask_is_valid_ = find_entries(problem_.mask, mask_first_, mask_last_);
-    is_valid_ = find_entries(problem_.target, target_first_, target_last_) && mask_is_valid_;
+    mask_is_valid_ = find_entries(problem_.mask, row, mask_entries_);
+    is_valid_ = find_entries(problem_.target, row, target_entries_) && mask_is_valid_;
   }
 
   // All threads of the block call this before they ask for vectors of the tile at `begin`; tiles of
@@ -152,14 +144,16 @@ class LabelTiles {
       for (int i = threadIdx.x; i < kTileWidth; i += kThreads) values_[i] = 0;
     }
     __syncthreads();
+    const Marking mark{problem_.columns, begin - shift_, has_values ? kTileWidth : kBitmapWindow,
+                       static_cast<int>(threadIdx.x), kThreads};
     unsigned out_of_range = 0;
     if (is_valid_) {
       const bool bad_target =
-          has_values ? mark_values()
-                     : mark_bits(problem_.target, target_first_, target_last_, target_bitmap_);
+          has_values ? mark.template values<Real>(problem_.target, target_entries_, values_)
+                     : mark.bits(problem_.target, target_entries_, target_bitmap_);
       if (bad_target) out_of_range |= kBadTarget;
     }
-    if (mark_bits(problem_.mask, mask_first_, mask_last_, mask_bitmap_)) out_of_range |= kBadMask;
+    if (mark.bits(problem_.mask, mask_entries_, mask_bitmap_)) out_of_range |= kBadMask;
     if (!__syncthreads_or(out_of_range)) return;
     const bool any_bad_mask = __syncthreads_or(out_of_range & kBadMask);
     const bool any_bad_target = __syncthreads_or(out_of_range & kBadTarget);
@@ -209,50 +203,6 @@ class LabelTiles {
  private:
   static constexpr unsigned kBadTarget = 1, kBadMask = 2;
 
-  // The entries of this row; false if the offsets are no valid boundaries.
-  __device__ __forceinline__ bool find_entries(const Labels& labels, int64_t& first,
-                                               int64_t& last) const {
-    first = last = 0;
-    if (labels.format != Format::kSparse) return true;
-    first = index_at(labels.offsets, labels.element, row_);
-    last = index_at(labels.offsets, labels.element, row_ + 1);
-    return first >= 0 && first <= last && last <= labels.entries;
-  }
-
-  // Sets the bits of the entries within this window; returns whether an index is out of range.
-  __device__ __forceinline__ bool mark_bits(const Labels& labels, int64_t first, int64_t last,
-                                            unsigned* bitmap) const {
-    bool out_of_range = false;
-    for (int64_t i = first + threadIdx.x; i < last; i += kThreads) {
-      const int64_t column = index_at(labels.data, labels.element, i);
-      const int64_t place = column + shift_ - window_begin_;
-      out_of_range |= column >= problem_.columns;
-      if (column >= 0 && column < problem_.columns && place >= 0 && place < kBitmapWindow) {
-        atomicOr(&bitmap[place / 32], 1u << (place % 32));
-      }
-    }
-    return out_of_range;
-  }
-
-  // The same for soft targets. Of duplicates the largest wins; the bits of numbers that are not
-  // negative are ordered as the numbers are. Invalid values become infinite, NaN when they are
-  // read.
-  __device__ __forceinline__ bool mark_values() const {
-    const Labels& target = problem_.target;
-    bool out_of_range = false;
-    for (int64_t i = target_first_ + threadIdx.x; i < target_last_; i += kThreads) {
-      const int64_t column = index_at(target.data, target.element, i);
-      const int64_t place = column + shift_ - begin_;
-      out_of_range |= column >= problem_.columns;
-      if (column >= 0 && column < problem_.columns && place >= 0 && place < kTileWidth) {
-        const Real value = load_one<Real>(target.values, target.values_element, i);
-        atomicMax(&values_[place],
-                  bits_of(value >= 0 && value <= 1 ? value + Real(0) : kInfinity<Real>));
-      }
-    }
-    return out_of_range;
-  }
-
   __device__ __forceinline__ uint32_t bitmap_at(const unsigned* bitmap, int offset) const {
     const int place = static_cast<int>(begin_ - window_begin_) + offset;
     return (bitmap[place / 32] >> (place % 32)) & ((1u << kCount) - 1u);
@@ -275,7 +225,7 @@ class LabelTiles {
                                               VectorLabels<Real, kCount>& labels) const {
     const Labels& target = problem_.target;
     if (target.format == Format::kSparse) {
-      if (target_first_ == target_last_) {
+      if (target_entries_.first == target_entries_.last) {
         if constexpr (kSoft) fill_from_bits(labels);
       } else if (kSoft && target.values != nullptr) {
         if constexpr (kSoft) {
@@ -335,8 +285,7 @@ class LabelTiles {
   int64_t window_begin_ = -1;
   bool is_valid_ = true;
   bool mask_is_valid_ = true;
-  int64_t target_first_ = 0, target_last_ = 0;
-  int64_t mask_first_ = 0, mask_last_ = 0;
+  Entries target_entries_, mask_entries_;
 };
 
 // Whether targets have to be read as numbers: anything but bool, packed labels, and sparse labels

@@ -100,7 +100,7 @@ struct Vector {
     bits = *reinterpret_cast<const Bits*>(address);
   }
   __device__ __forceinline__ void store(T* address) const {
-    *reinterpret_cast<Bits*>(address) = bits;
+    store_global(reinterpret_cast<Bits*>(address), bits);
   }
 };
 

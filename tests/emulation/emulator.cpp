@@ -1,9 +1,9 @@
 // The scheduler behind emulator.h.
 //
-// One block runs at a time. Each of its threads that has to wait somewhere owns a fiber, a stack to
-// switch to; a thread that runs to its end without waiting leaves its fiber to the next thread, so
-// that kernels without barriers cost no switches at all. A thread that waits hands over to the next
-// ready one directly.
+// One cluster of blocks runs at a time, most often a single block. Each of its threads that has to
+// wait somewhere owns a fiber, a stack to switch to; a thread that runs to its end without waiting
+// leaves its fiber to the next thread, so that kernels without barriers cost no switches at all. A
+// thread that waits hands over to the next ready one directly.
 //
 // Never compiled with -fsanitize=thread: the scheduler moves between fibers in ways that look like
 // data races, and its own accesses have to stay invisible. Calls into the sanitizer's runtime tell
@@ -14,6 +14,7 @@
 
 #include <array>
 #include <cstdio>
+#include <deque>
 #include <exception>
 #include <map>
 #include <memory>
@@ -52,7 +53,9 @@ constexpr std::size_t kCacheLineBytes = 64;
 constexpr std::size_t kMaxSharedBytes = 48 << 10;
 // Around every shared array: what a warp that is one element too far writes, 4 bytes per lane.
 constexpr std::size_t kRedZoneBytes = 128;
-constexpr std::size_t kArenaBytes = 2 * kMaxSharedBytes + kMaxDynamicSharedBytes;
+constexpr std::size_t kArenaBytes = 2 * kMaxSharedBytes + kMaxDeviceSharedBytes;
+// Launches that are remembered for tests that ask.
+constexpr std::size_t kMaxRecordedLaunches = 1000;
 constexpr unsigned char kSharedMemoryFill = 0xff;
 constexpr unsigned char kRedZoneFill = 0xa5;
 
@@ -65,8 +68,8 @@ constexpr bool kThreadSanitizer = false;
 // Different masks that the lanes of one warp may give to __syncwarp.
 constexpr std::size_t kMaxWarpMasks = 16;
 
-// Blocks of one launch that ThreadSanitizer treats as running at the same time. Every one more
-// makes its vector clocks longer.
+// Clusters of one launch that ThreadSanitizer treats as running at the same time, if each is of one
+// block. Every block more makes its vector clocks longer; larger clusters have several anyway.
 constexpr std::size_t kConcurrentBlocks = kThreadSanitizer ? 2 : 1;
 
 // ---- ThreadSanitizer ----------------------------------------------------------------------------
@@ -221,9 +224,18 @@ Fiber* create_fiber() {
 
 // ---- What the threads of a block wait for -------------------------------------------------------
 
-enum class State : std::uint8_t { ready, at_block_barrier, at_warp_collective, returned };
+enum class State : std::uint8_t {
+  ready,
+  at_block_barrier,
+  at_cluster_barrier,
+  at_warp_collective,
+  returned
+};
+
+struct Block;
 
 struct Thread {
+  Block* block = nullptr;
   uint3 index = {};
   unsigned linear_index = 0;
   State state = State::ready;
@@ -260,6 +272,8 @@ struct Warp {
 };
 
 struct Block {
+  uint3 index = {};
+  unsigned rank = 0;  // in its cluster
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   unsigned live = 0;
@@ -274,6 +288,7 @@ struct Block {
   struct SharedArray {
     std::size_t begin;
     std::size_t bytes;
+    const SharedArrayTag* tag;  // nullptr: the dynamic one
   };
   std::unique_ptr<unsigned char[]> arena;
   std::size_t arena_used = 0;
@@ -327,18 +342,23 @@ std::string describe_mask(unsigned mask) {
 
 class Machine {
  public:
-  cudaError_t run(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_bytes,
-                  KernelBody body);
+  cudaError_t run(const Launch& launch, KernelBody body);
+  std::size_t static_shared_bytes(const void* kernel, KernelBody body);
   void set_schedule(Schedule schedule) { schedule_ = schedule; }
   std::uint64_t launches() const { return launches_; }
+  std::vector<LaunchRecord> take_launches() { return std::exchange(records_, {}); }
 
   std::uint64_t warp_collective(WarpOperation operation, const char* intrinsic, unsigned mask,
                                 std::uint64_t value, int source_lane, const Location& where);
   bool block_barrier(const char* intrinsic, bool predicate, const Location& where);
+  void cluster_barrier(const Location& where);
   void* shared_memory(SharedArrayTag& tag, std::size_t bytes, std::size_t alignment);
   void* dynamic_shared_memory() { return block_->dynamic; }
-  std::size_t dynamic_shared_limit() const { return dynamic_limit_; }
-  void set_dynamic_shared_limit(std::size_t bytes) { dynamic_limit_ = bytes; }
+  const void* shared_of_block(const void* address, std::size_t bytes, int rank,
+                              const Location& where);
+  int cluster_blocks() const { return static_cast<int>(cluster_); }
+  int cluster_rank() const { return static_cast<int>(block_->rank); }
+  Device& device() { return device_; }
   Thread& running() { return *running_; }
   [[noreturn]] void fail(const std::string& what, const Thread& thread, const Location& where);
 
@@ -346,18 +366,22 @@ class Machine {
   static void fiber_entry();
   void run_threads();
   bool run_one_thread();
-  void run_block(Block& block);
-  void start_block(Block& block, uint3 index);
+  void begin_launch(const Launch& launch, KernelBody body);
+  void run_cluster(std::size_t first_place, std::uint64_t first_block);
+  void start_block(Block& block, uint3 index, unsigned rank);
   void abandon(Block& block);
   void check_red_zones(const Block& block);
-  unsigned char* take_shared(Block& block, std::size_t bytes, std::size_t alignment);
+  unsigned char* take_shared(Block& block, const SharedArrayTag* tag, std::size_t bytes,
+                             std::size_t alignment);
 
   Thread& take_ready();
   void make_running(Thread& thread);
   void resume(Thread& thread, Fiber& from, bool last_time = false);
   void wait();
-  void make_ready(unsigned first_thread, unsigned count, State waiting_in, unsigned mask);
+  void make_ready(Block& block, unsigned first_thread, unsigned count, State waiting_in,
+                  unsigned mask);
   void pass_block_barrier();
+  void pass_cluster_barrier();
   BarrierOrder& warp_order(Warp& warp, unsigned mask);
   bool try_pass_warp_collective(Warp& warp, unsigned warp_index, unsigned mask);
   void thread_returned();
@@ -372,14 +396,21 @@ class Machine {
   SmallRandom random_{0};
   std::uint64_t launches_ = 0;
   std::uint64_t block_serial_ = 0;
+  std::vector<LaunchRecord> records_;
+  std::map<const void*, std::size_t> static_shared_bytes_;  // by kernel
   std::mutex one_launch_at_a_time_;
+  Device device_;
 
   const char* kernel_name_ = nullptr;
   KernelBody body_ = {};
   std::size_t dynamic_bytes_ = 0;
-  std::size_t dynamic_limit_ = kMaxDynamicSharedBytes;
-  std::array<Block, kConcurrentBlocks> blocks_;
-  Block* block_ = nullptr;
+  std::deque<Block> blocks_;            // places for the blocks that run at the same time
+  std::vector<Block*> cluster_places_;  // those of the cluster that runs, by rank
+  unsigned cluster_ = 1;                // blocks of a cluster
+  unsigned cluster_live_ = 0;           // threads, of all its blocks
+  unsigned cluster_waiting_ = 0;
+  BarrierOrder cluster_order_;
+  Block* block_ = nullptr;  // of the running thread
   Thread* running_ = nullptr;
   std::vector<Thread*> ready_;  // taken from the back
   std::vector<Fiber*> idle_fibers_;
@@ -403,16 +434,19 @@ void Machine::fail(const std::string& what, const Thread& thread, const Location
 
 std::string Machine::waiting_threads() const {
   std::map<std::string, unsigned> groups;
-  for (const Thread& thread : block_->threads) {
-    std::string group = "returned";
-    if (thread.state != State::returned) {
-      group = std::string("at ") + thread.intrinsic + ", " + describe(thread.where);
-      if (thread.state == State::at_warp_collective) {
-        group += ", warp " + std::to_string(thread.linear_index / kLanes) + ", mask " +
-                 describe_mask(thread.mask);
+  for (const Block* block : cluster_places_) {
+    for (const Thread& thread : block->threads) {
+      std::string group = "returned";
+      if (thread.state != State::returned) {
+        group = std::string("at ") + thread.intrinsic + ", " + describe(thread.where);
+        if (thread.state == State::at_warp_collective) {
+          group += ", warp " + std::to_string(thread.linear_index / kLanes) + ", mask " +
+                   describe_mask(thread.mask);
+        }
       }
+      if (cluster_ > 1) group += ", block " + describe(block->index);
+      ++groups[group];
     }
-    ++groups[group];
   }
   std::string text;
   for (const auto& [group, count] : groups) {
@@ -435,8 +469,12 @@ __forceinline__ Thread& Machine::take_ready() {
 
 // Everything that can be passed has been: what is left waits for something that cannot come.
 void Machine::fail_deadlocked() const {
-  const auto stuck = std::find_if(block_->threads.begin(), block_->threads.end(),
-                                  [](const Thread& t) { return t.state != State::returned; });
+  const Thread* stuck = nullptr;
+  for (const Block* block : cluster_places_) {
+    for (const Thread& thread : block->threads) {
+      if (stuck == nullptr && thread.state != State::returned) stuck = &thread;
+    }
+  }
   throw Error(describe(stuck->where) +
               ": deadlock: not reached by all threads it waits for, or their masks disagree [" +
               context() + "]" + waiting_threads());
@@ -444,11 +482,12 @@ void Machine::fail_deadlocked() const {
 
 // Newly ready threads go before those that have been ready for longer, so that one warp gets as far
 // ahead of the others as the kernel lets it.
-void Machine::make_ready(unsigned first_thread, unsigned count, State waiting_in, unsigned mask) {
+void Machine::make_ready(Block& block, unsigned first_thread, unsigned count, State waiting_in,
+                         unsigned mask) {
   const bool descending = schedule_.order == ThreadOrder::descending;
   for (unsigned i = 0; i < count; ++i) {
     const unsigned offset = descending ? i : count - 1 - i;
-    Thread& thread = block_->threads[first_thread + offset];
+    Thread& thread = block.threads[first_thread + offset];
     if (thread.state != waiting_in) continue;
     if (waiting_in == State::at_warp_collective && !(mask >> offset & 1)) continue;
     thread.state = State::ready;
@@ -459,6 +498,9 @@ void Machine::make_ready(unsigned first_thread, unsigned count, State waiting_in
 __forceinline__ void Machine::make_running(Thread& thread) {
   running_ = &thread;
   threadIdx = thread.index;
+  if (block_ == thread.block) return;
+  block_ = thread.block;
+  blockIdx = block_->index;
 }
 
 Fiber* Machine::fiber_for(const Thread& thread) {
@@ -494,14 +536,14 @@ __forceinline__ void Machine::wait() {
 
 void Machine::fiber_entry() { machine.run_threads(); }
 
-// Returns false if the launch has failed or the block is done.
+// Returns false if the launch has failed or the cluster is done.
 bool Machine::run_one_thread() {
   try {
     acquire(&launch_start_);
     acquire(block_->succession.previous());
     body_.call(body_.closure);
     thread_returned();
-    if (block_->live == 0) return false;
+    if (cluster_live_ == 0) return false;
     make_running(take_ready());
     return true;
   } catch (...) {
@@ -515,8 +557,9 @@ void Machine::run_threads() {
   Fiber& fiber = *running_->fiber;
   finish_switch(fiber);
   for (;;) {
+    Block& own = *running_->block;
     const bool more = run_one_thread();
-    release(block_->succession.current());
+    release(own.succession.current());
     release(&launch_end_);
     if (!more) {
       put_back(&fiber);
@@ -546,6 +589,8 @@ void Machine::thread_returned() {
     }
   }
   if (block_->waiting != 0 && block_->waiting == block_->live) pass_block_barrier();
+  --cluster_live_;
+  if (cluster_waiting_ != 0 && cluster_waiting_ == cluster_live_) pass_cluster_barrier();
 }
 
 // ---- Barriers -----------------------------------------------------------------------------------
@@ -583,7 +628,29 @@ void Machine::pass_block_barrier() {
   block.waiting = 0;
   block.last_predicate = block.predicate;
   block.barrier_order.next();
-  make_ready(0, block.threads.size(), State::at_block_barrier, 0);
+  make_ready(block, 0, block.threads.size(), State::at_block_barrier, 0);
+}
+
+void Machine::cluster_barrier(const Location& where) {
+  Thread& self = *running_;
+  self.intrinsic = "cluster_barrier";
+  self.where = where;
+  self.state = State::at_cluster_barrier;
+  void* order = cluster_order_.current();
+  release(order);
+  if (++cluster_waiting_ == cluster_live_) pass_cluster_barrier();
+  wait();
+  acquire(order);
+}
+
+void Machine::pass_cluster_barrier() {
+  cluster_waiting_ = 0;
+  cluster_order_.next();
+  const bool descending = schedule_.order == ThreadOrder::descending;
+  for (unsigned i = 0; i < cluster_; ++i) {
+    Block& block = *cluster_places_[descending ? i : cluster_ - 1 - i];
+    make_ready(block, 0, block.threads.size(), State::at_cluster_barrier, 0);
+  }
 }
 
 BarrierOrder& Machine::warp_order(Warp& warp, unsigned mask) {
@@ -689,28 +756,77 @@ bool Machine::try_pass_warp_collective(Warp& warp, unsigned warp_index, unsigned
   const unsigned first_thread = warp_index * kLanes;
   const unsigned count =
       std::min<unsigned>(kLanes, static_cast<unsigned>(block_->threads.size()) - first_thread);
-  make_ready(first_thread, count, State::at_warp_collective, group);
+  make_ready(*block_, first_thread, count, State::at_warp_collective, group);
   return true;
 }
 
 // ---- Shared memory ------------------------------------------------------------------------------
 
+// What a block has declared so far.
+std::size_t static_bytes_of(const Block& block) {
+  std::size_t bytes = 0;
+  for (const auto& array : block.arrays) bytes += array.tag != nullptr ? array.bytes : 0;
+  return bytes;
+}
+
 void* Machine::shared_memory(SharedArrayTag& tag, std::size_t bytes, std::size_t alignment) {
   Block& block = *block_;
   if (tag.block_serial == block.serial) return tag.memory;
-  const std::size_t used =
-      std::accumulate(block.arrays.begin(), block.arrays.end(), std::size_t{0},
-                      [](std::size_t sum, const auto& a) { return sum + a.bytes; });
-  if (used - dynamic_bytes_ + bytes > kMaxSharedBytes) {
+  tag.block_serial = block.serial;
+  const auto declared = std::find_if(block.arrays.begin(), block.arrays.end(),
+                                     [&](const auto& array) { return array.tag == &tag; });
+  if (declared != block.arrays.end()) {
+    tag.memory = block.arena.get() + declared->begin;
+    return tag.memory;
+  }
+  const std::size_t used = static_bytes_of(block) + bytes;
+  if (used > kMaxSharedBytes) {
     throw Error("more than " + std::to_string(kMaxSharedBytes) +
                 " bytes of static shared memory [" + context() + "]");
   }
-  tag.block_serial = block.serial;
-  tag.memory = take_shared(block, bytes, alignment);
+  if (dynamic_bytes_ != 0 && used + dynamic_bytes_ > device_.shared_bytes) {
+    throw Error("more than " + std::to_string(device_.shared_bytes) +
+                " bytes of shared memory, static and dynamic [" + context() + "]");
+  }
+  tag.memory = take_shared(block, &tag, bytes, alignment);
   return tag.memory;
 }
 
-unsigned char* Machine::take_shared(Block& block, std::size_t bytes, std::size_t alignment) {
+// The same place in another block of the cluster.
+const void* Machine::shared_of_block(const void* address, std::size_t bytes, int rank,
+                                     const Location& where) {
+  const auto* own = static_cast<const unsigned char*>(address);
+  const auto offset = static_cast<std::size_t>(own - block_->arena.get());
+  const auto array = std::find_if(block_->arrays.begin(), block_->arrays.end(),
+                                  [&](const Block::SharedArray& each) {
+                                    return own >= block_->arena.get() && offset >= each.begin &&
+                                           offset + bytes <= each.begin + each.bytes;
+                                  });
+  if (array == block_->arrays.end()) {
+    fail("what is read from another block is not in shared memory", *running_, where);
+  }
+  if (rank < 0 || rank >= cluster_blocks()) {
+    fail(
+        "a cluster of " + std::to_string(cluster_) + " blocks has no block " + std::to_string(rank),
+        *running_, where);
+  }
+  Block& other = *cluster_places_[rank];
+  if (other.live == 0) {
+    fail("reads shared memory of block " + describe(other.index) + ", which has returned",
+         *running_, where);
+  }
+  // Where that block has not come to the declaration yet, nothing has been written either.
+  const auto there = std::find_if(other.arrays.begin(), other.arrays.end(),
+                                  [&](const auto& each) { return each.tag == array->tag; });
+  const std::size_t begin =
+      there != other.arrays.end()
+          ? there->begin
+          : take_shared(other, array->tag, array->bytes, kMaxSharedAlignment) - other.arena.get();
+  return other.arena.get() + begin + (offset - array->begin);
+}
+
+unsigned char* Machine::take_shared(Block& block, const SharedArrayTag* tag, std::size_t bytes,
+                                    std::size_t alignment) {
   // No better aligned than the type asks for (but to 8 bytes, as AddressSanitizer's shadow has it),
   // so that a wide access to an array of a narrow type shows as misaligned.
   std::size_t begin = block.arena_used + 2 * kRedZoneBytes;  // the last array's and this one's
@@ -720,7 +836,7 @@ unsigned char* Machine::take_shared(Block& block, std::size_t bytes, std::size_t
     throw Error("too many shared arrays [" + context() + "]");
   }
   block.arena_used = begin + bytes;
-  block.arrays.push_back({begin, bytes});
+  block.arrays.push_back({begin, bytes, tag});
   unsigned char* memory = block.arena.get() + begin;
 #ifdef __SANITIZE_ADDRESS__
   __asan_unpoison_memory_region(memory, bytes);
@@ -750,13 +866,14 @@ void Machine::check_red_zones([[maybe_unused]] const Block& block) {
 
 // ---- Blocks and launches ------------------------------------------------------------------------
 
-void Machine::start_block(Block& block, uint3 index) {
-  block_ = &block;
-  blockIdx = index;
+void Machine::start_block(Block& block, uint3 index, unsigned rank) {
+  block.index = index;
+  block.rank = rank;
   const unsigned count = blockDim.x * blockDim.y * blockDim.z;
   block.threads.assign(count, Thread{});
   block.warps.assign((count + kLanes - 1) / kLanes, Warp{});
   block.live = count;
+  cluster_live_ += count;
   block.waiting = 0;
   block.serial = ++block_serial_;
   block.succession.next();
@@ -766,11 +883,13 @@ void Machine::start_block(Block& block, uint3 index) {
 #ifdef __SANITIZE_ADDRESS__
   __asan_poison_memory_region(block.arena.get(), kArenaBytes);
 #endif
-  block.dynamic =
-      dynamic_bytes_ == 0 ? nullptr : take_shared(block, dynamic_bytes_, kMaxSharedAlignment);
+  block.dynamic = dynamic_bytes_ == 0
+                      ? nullptr
+                      : take_shared(block, nullptr, dynamic_bytes_, kMaxSharedAlignment);
   uint3 thread_index = {0, 0, 0};
   for (unsigned i = 0; i < count; ++i) {
     Thread& thread = block.threads[i];
+    thread.block = &block;
     thread.index = thread_index;
     thread.linear_index = i;
     block.warps[i / kLanes].live |= 1u << i % kLanes;
@@ -786,20 +905,38 @@ void Machine::start_block(Block& block, uint3 index) {
     // All that would be allocated later, while a fiber runs.
     while (block.fibers.size() < count) block.fibers.push_back(create_fiber());
     block.arrays.reserve(kArenaBytes / (2 * kRedZoneBytes));
-    ready_.reserve(count);
+    ready_.reserve(cluster_ * count);
   }
-  ready_.clear();
-  make_ready(0, count, State::ready, 0);
+  make_ready(block, 0, count, State::ready, 0);
 }
 
-void Machine::run_block(Block& block) {
+// Blocks of a cluster are neighbours in the direction of x, as on the GPU.
+void Machine::run_cluster(std::size_t first_place, std::uint64_t first_block) {
+  cluster_places_.clear();
+  for (unsigned rank = 0; rank < cluster_; ++rank) {
+    cluster_places_.push_back(&blocks_[first_place + rank]);
+  }
+  cluster_live_ = cluster_waiting_ = 0;
+  block_ = nullptr;
   failure_ = nullptr;
+  ready_.clear();
+  // What becomes ready last runs first.
+  const bool descending = schedule_.order == ThreadOrder::descending;
+  for (unsigned i = 0; i < cluster_; ++i) {
+    const unsigned rank = descending ? i : cluster_ - 1 - i;
+    const std::uint64_t linear = first_block + rank;
+    start_block(*cluster_places_[rank],
+                {static_cast<unsigned>(linear % gridDim.x),
+                 static_cast<unsigned>(linear / gridDim.x % gridDim.y),
+                 static_cast<unsigned>(linear / gridDim.x / gridDim.y)},
+                rank);
+  }
   resume(take_ready(), host_);
   if (failure_) {
-    abandon(block);
+    for (Block* block : cluster_places_) abandon(*block);
     std::rethrow_exception(std::exchange(failure_, nullptr));
   }
-  check_red_zones(block);
+  for (const Block* block : cluster_places_) check_red_zones(*block);
 }
 
 // Takes back the fibers of threads that will never continue.
@@ -832,23 +969,34 @@ bool is_valid_launch(dim3 grid, dim3 block) {
          threads <= kMaxThreadsPerBlock;
 }
 
-cudaError_t Machine::run(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_bytes,
-                         KernelBody body) {
-  if (!is_valid_launch(grid, block)) return cudaErrorInvalidConfiguration;
-  if (dynamic_bytes > dynamic_limit_) return cudaErrorInvalidValue;
-  const std::lock_guard lock(one_launch_at_a_time_);
-  kernel_name_ = kernel_name;
+void Machine::begin_launch(const Launch& launch, KernelBody body) {
+  kernel_name_ = launch.kernel_name;
   body_ = body;
-  dynamic_bytes_ = dynamic_bytes;
-  gridDim = grid;
-  blockDim = block;
+  dynamic_bytes_ = launch.dynamic_bytes;
+  cluster_ = launch.cluster;
+  gridDim = launch.grid;
+  blockDim = launch.block;
 #ifdef MLLOSS_EMULATION_THREAD_SANITIZER
   host_.tsan_fiber = __tsan_get_current_fiber();
 #endif
   release(&launch_start_);
   random_ = SmallRandom(schedule_.seed);
+  const std::size_t places = std::max<std::size_t>(cluster_, kConcurrentBlocks);
+  while (blocks_.size() < places) blocks_.emplace_back();
+}
 
-  const std::uint64_t count = std::uint64_t{grid.x} * grid.y * grid.z;
+cudaError_t Machine::run(const Launch& launch, KernelBody body) {
+  const dim3 grid = launch.grid;
+  if (!is_valid_launch(grid, launch.block)) return cudaErrorInvalidConfiguration;
+  if (launch.dynamic_bytes > device_.shared_bytes) return cudaErrorInvalidValue;
+  if (launch.cluster < 1 || launch.cluster > device_.cluster_blocks ||
+      grid.x % launch.cluster != 0) {
+    return cudaErrorInvalidClusterSize;
+  }
+  const std::lock_guard lock(one_launch_at_a_time_);
+  begin_launch(launch, body);
+
+  const std::uint64_t count = std::uint64_t{grid.x} * grid.y * grid.z / cluster_;
   std::vector<std::uint64_t> shuffled;
   if (schedule_.order == ThreadOrder::shuffled) {
     shuffled.resize(count);
@@ -858,27 +1006,41 @@ cudaError_t Machine::run(const char* kernel_name, dim3 grid, dim3 block, std::si
     }
   }
   for (std::uint64_t i = 0; i < count; ++i) {
-    std::uint64_t linear = i;
-    if (schedule_.order == ThreadOrder::descending) linear = count - 1 - i;
-    if (schedule_.order == ThreadOrder::shuffled) linear = shuffled[i];
-    Block& place = blocks_[i % kConcurrentBlocks];
-    start_block(place, {static_cast<unsigned>(linear % grid.x),
-                        static_cast<unsigned>(linear / grid.x % grid.y),
-                        static_cast<unsigned>(linear / grid.x / grid.y)});
-    run_block(place);
+    std::uint64_t cluster = i;
+    if (schedule_.order == ThreadOrder::descending) cluster = count - 1 - i;
+    if (schedule_.order == ThreadOrder::shuffled) cluster = shuffled[i];
+    run_cluster(cluster_ > 1 ? 0 : i % kConcurrentBlocks, cluster * cluster_);
   }
   acquire(&launch_end_);
   ++launches_;
+  if (records_.size() < kMaxRecordedLaunches) {
+    records_.push_back({launch.kernel_name, grid, launch.block, launch.cluster,
+                        static_bytes_of(blocks_[0]), dynamic_bytes_});
+  }
   return cudaSuccess;
+}
+
+// A kernel's arrays are known once one of its threads has come by their declarations.
+std::size_t Machine::static_shared_bytes(const void* kernel, KernelBody body) {
+  const std::lock_guard lock(one_launch_at_a_time_);
+  const auto [known, is_new] = static_shared_bytes_.try_emplace(kernel, 0);
+  if (is_new) {
+    begin_launch({"static_shared_bytes", dim3(1), dim3(1), 1, 0}, body);
+    run_cluster(0, 0);
+    acquire(&launch_end_);
+    known->second = static_bytes_of(blocks_[0]);
+  }
+  return known->second;
 }
 
 }  // namespace
 
 // ---- What emulator.h declares -------------------------------------------------------------------
 
-cudaError_t run_grid(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_bytes,
-                     KernelBody body) {
-  return machine.run(kernel_name, grid, block, dynamic_bytes, body);
+cudaError_t run_grid(const Launch& launch, KernelBody body) { return machine.run(launch, body); }
+
+std::size_t static_shared_bytes(const void* kernel, KernelBody body) {
+  return machine.static_shared_bytes(kernel, body);
 }
 
 void set_thread_order(ThreadOrder order, std::uint64_t seed) {
@@ -887,8 +1049,26 @@ void set_thread_order(ThreadOrder order, std::uint64_t seed) {
 
 std::uint64_t launch_count() { return machine.launches(); }
 
-void set_dynamic_shared_memory(std::size_t bytes) {
-  machine.set_dynamic_shared_limit(std::min(bytes, kMaxDynamicSharedBytes));
+std::vector<LaunchRecord> take_launches() { return machine.take_launches(); }
+
+void set_device(Device device) {
+  if (device.shared_bytes > kMaxDeviceSharedBytes || device.cluster_blocks < 1 ||
+      device.multiprocessors < 1) {
+    throw Error("there is no such GPU");
+  }
+  device.number = machine.device().number + 1;
+  machine.device() = device;
+}
+
+Device device() { return machine.device(); }
+
+int blocks_of_cluster() { return machine.cluster_blocks(); }
+int rank_in_cluster() { return machine.cluster_rank(); }
+void wait_for_cluster(const Location& where) { machine.cluster_barrier(where); }
+
+const void* shared_of_block(const void* address, std::size_t bytes, int rank,
+                            const Location& where) {
+  return machine.shared_of_block(address, bytes, rank, where);
 }
 
 void* dynamic_shared_memory() { return machine.dynamic_shared_memory(); }
@@ -920,7 +1100,16 @@ cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
 
 const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaSuccess ? "no error" : "invalid configuration argument";
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidClusterSize:
+      return "invalid cluster size";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    default:
+      return "invalid configuration argument";
+  }
 }
 
 cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
@@ -935,23 +1124,34 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
 }
 
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = mlloss::emulation::machine.device().number;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*,
+                                           const cudaLaunchConfig_t* config) {
+  unsigned blocks = 1;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const cudaLaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) blocks = attribute.val.clusterDim.x;
+  }
+  *clusters = blocks <= mlloss::emulation::machine.device().cluster_blocks ? 1 : 0;
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
-  // Few enough for small inputs to need more than one sweep of the grid.
-  constexpr int kMultiProcessors = 2;
   constexpr int kCacheBytes = 64 << 10;
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = kMultiProcessors;
+      *value = mlloss::emulation::machine.device().multiprocessors;
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
       *value = kCacheBytes;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(mlloss::emulation::machine.dynamic_shared_limit());
+      *value = static_cast<int>(mlloss::emulation::machine.device().shared_bytes);
       return cudaSuccess;
     default:
       return cudaErrorInvalidValue;

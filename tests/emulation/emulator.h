@@ -8,16 +8,20 @@
 //   can never reach. Threads that have returned do not count, as on the GPU.
 // - Warp intrinsics: a caller outside its own mask, masks or intrinsics that disagree, a shuffle
 //   that reads a lane which is outside the mask or has returned.
-// - Shared memory: every block starts with all bits set (NaN, -1), between red zones.
-// - Missing barriers: blocks, and threads between two barriers, run one after the other in an order
-//   that set_thread_order chooses, so that a kernel which relies on luck gives a wrong result in
-//   one of the orders. ThreadSanitizer finds the same by looking at the accesses: __syncthreads,
-//   __syncwarp, and atomics after a __threadfence order memory, shuffles and votes do not.
+// - Shared memory: every block starts with all bits set (NaN, -1), between red zones. Static and
+//   dynamic memory together are within the limits of a GPU.
+// - Clusters: a barrier that some threads can never reach, reading a block that has returned or
+//   something that is not in shared memory.
+// - Missing barriers: clusters, and threads between two barriers, run one after the other in an
+//   order that set_thread_order chooses, so that a kernel which relies on luck gives a wrong result
+//   in one of the orders. ThreadSanitizer finds the same by looking at the accesses: __syncthreads,
+//   __syncwarp, barriers of clusters, and atomics after a __threadfence order memory, shuffles and
+//   votes do not.
 // - AddressSanitizer and UndefinedBehaviorSanitizer see plain C++ and check all of it: addresses,
 //   alignment of wide loads, indices of shared arrays, shifts, signed overflow.
 //
 // A violation throws mlloss::emulation::Error out of MLLOSS_LAUNCH. Left out: grid-wide barriers,
-// clusters, streams that overlap, warp lockstep, anything about speed.
+// streams that overlap, warp lockstep, anything about speed.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,6 +38,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <vector>
 
 // nvcc alone defines the first. The second would silently mean "one per thread" here, so that its
 // use must not compile: MLLOSS_SHARED_ARRAY takes its place.
@@ -54,7 +59,7 @@ class Error : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// In which order blocks, and threads that could run at the same time, do run. In the first two
+// In which order clusters, and threads that could run at the same time, do run. In the first two
 // orders a warp runs until all its lanes wait for other warps; `shuffled` picks any thread that can
 // run.
 enum class ThreadOrder { ascending, descending, shuffled };
@@ -63,10 +68,27 @@ void set_thread_order(ThreadOrder order, std::uint64_t seed);
 // Number of kernels that have run to their end in this process.
 std::uint64_t launch_count();
 
-// What cudaDevAttrMaxSharedMemoryPerBlockOptin returns, and the most a launch may ask for. As on an
-// H100 at first; less lets small inputs take the ways of large ones.
-inline constexpr std::size_t kMaxDynamicSharedBytes = 227 << 10;
-void set_dynamic_shared_memory(std::size_t bytes);
+// The kernels that have run since this was last asked, up to some number.
+struct LaunchRecord {
+  std::string kernel_name;
+  dim3 grid, block;
+  unsigned cluster;
+  std::size_t static_bytes, dynamic_bytes;  // of shared memory
+};
+std::vector<LaunchRecord> take_launches();
+
+// What launchers may ask about the GPU. As on an H100 at first, but for the number of
+// multiprocessors, which is small enough for small inputs to fill them. Less memory lets small
+// inputs take the ways of large ones.
+inline constexpr std::size_t kMaxDeviceSharedBytes = 227 << 10;
+struct Device {
+  int number = 0;                                    // set_device chooses it: each has another one
+  std::size_t shared_bytes = kMaxDeviceSharedBytes;  // of a block, static and dynamic
+  unsigned cluster_blocks = 16;                      // 1: no clusters
+  int multiprocessors = 2;
+};
+void set_device(Device device);
+Device device();
 
 // ---- Launch -------------------------------------------------------------------------------------
 
@@ -75,27 +97,49 @@ struct KernelBody {
   const void* closure;
 };
 
-cudaError_t run_grid(const char* kernel_name, dim3 grid, dim3 block, std::size_t dynamic_bytes,
-                     KernelBody body);
+struct Launch {
+  const char* kernel_name;
+  dim3 grid, block;
+  unsigned cluster;  // blocks, a divisor of grid.x
+  std::size_t dynamic_bytes;
+};
 
+cudaError_t run_grid(const Launch& launch, KernelBody body);
+
+template <typename Closure>
+KernelBody body_of(const Closure& closure) {
+  return {[](const void* pointer) { (*static_cast<const Closure*>(pointer))(); }, &closure};
+}
+
+// The stream is not needed: every launch runs to its end at once.
 template <typename... Parameters, typename... Arguments>
-cudaError_t launch_shared(const char* kernel_name, void (*kernel)(Parameters...), dim3 grid,
-                          dim3 block, std::size_t dynamic_bytes,
-                          cudaStream_t /*stream: every launch runs to its end at once*/,
-                          const Arguments&... arguments) {
+cudaError_t launch_cluster(const char* kernel_name, void (*kernel)(Parameters...), dim3 grid,
+                           dim3 block, int cluster, std::size_t dynamic_bytes,
+                           cudaStream_t /*stream*/, const Arguments&... arguments) {
   const auto closure = [&] { kernel(static_cast<Parameters>(arguments)...); };
-  using Closure = decltype(closure);
-  return run_grid(kernel_name, grid, block, dynamic_bytes,
-                  {[](const void* pointer) { (*static_cast<Closure*>(pointer))(); }, &closure});
+  return run_grid({kernel_name, grid, block, static_cast<unsigned>(cluster), dynamic_bytes},
+                  body_of(closure));
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(const char* kernel_name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                    cudaStream_t stream, const Arguments&... arguments) {
-  return launch_shared(kernel_name, kernel, grid, block, 0, stream, arguments...);
+  return launch_cluster(kernel_name, kernel, grid, block, 1, 0, stream, arguments...);
+}
+
+// Bytes of a kernel's shared arrays. To learn of them, the emulator runs one thread of it with
+// default parameters, for which it has to find nothing to do.
+std::size_t static_shared_bytes(const void* kernel, KernelBody body);
+
+template <typename... Parameters>
+std::size_t static_shared_bytes(void (*kernel)(Parameters...)) {
+  const auto closure = [&] { kernel(std::remove_const_t<Parameters>{}...); };
+  return static_shared_bytes(reinterpret_cast<const void*>(kernel), body_of(closure));
 }
 
 // ---- Shared memory ------------------------------------------------------------------------------
+
+using Location = std::source_location;
 
 // One per MLLOSS_SHARED_ARRAY in the source; remembers where the current block keeps that array.
 struct SharedArrayTag {
@@ -122,9 +166,19 @@ T* dynamic_shared_array() {
   return static_cast<T*>(dynamic_shared_memory());
 }
 
-// ---- Barriers and warp intrinsics ---------------------------------------------------------------
+// ---- Clusters -----------------------------------------------------------------------------------
 
-using Location = std::source_location;
+int blocks_of_cluster();
+int rank_in_cluster();
+
+// Waits for every live thread of the cluster.
+void wait_for_cluster(const Location& where);
+
+// Where another block of the cluster keeps what lies at an address in this block's shared memory.
+const void* shared_of_block(const void* address, std::size_t bytes, int rank,
+                            const Location& where);
+
+// ---- Barriers and warp intrinsics ---------------------------------------------------------------
 
 enum class WarpOperation : std::uint8_t { sync, shuffle, ballot, add };
 
@@ -252,6 +306,16 @@ T __reduce_add_sync(unsigned mask, T value, MLLOSS_CALLED_FROM) {
   static_assert(std::is_integral_v<T> && sizeof(T) == 4);
   return static_cast<T>(warp_collective(WarpOperation::add, "__reduce_add_sync", mask,
                                         static_cast<unsigned>(value), 0, where));
+}
+
+// What portability.cuh calls thread-block clusters by.
+inline int cluster_blocks() { return blocks_of_cluster(); }
+inline int cluster_rank() { return rank_in_cluster(); }
+inline void cluster_barrier(MLLOSS_CALLED_FROM) { wait_for_cluster(where); }
+
+template <typename T>
+T load_from_block(const T* address, int rank, MLLOSS_CALLED_FROM) {
+  return *static_cast<const T*>(shared_of_block(address, sizeof(T), rank, where));
 }
 
 inline void __threadfence() { fence_memory(); }

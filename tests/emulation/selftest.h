@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cuda/portability.cuh"
+
 namespace mlloss::selftest {
 
 enum class Fault {
@@ -25,6 +27,11 @@ enum class Fault {
   read_from_outside_mask,
   read_from_returned_lane,
   blocks_write_same_word,
+  missing_cluster_barrier,
+  missing_last_cluster_barrier,
+  unreachable_cluster_barrier,
+  read_beyond_cluster,
+  read_unshared,
 };
 
 inline constexpr int kThreads = 256;
@@ -59,6 +66,18 @@ cudaError_t atomic_statistics(const int* values, int count, int* results, unsign
 
 // Copies by 16-byte loads and stores. `count` is a multiple of 4.
 cudaError_t copy_wide(const float* from, float* to, int count, Fault fault, cudaStream_t stream);
+
+// Every block's share of the values to the block before it in its cluster, the first one's to the
+// last one. `count` is a multiple of cluster * kThreads.
+cudaError_t rotate_in_clusters(const float* values, float* rotated, int count, int cluster,
+                               Fault fault, cudaStream_t stream);
+
+// Writes so much dynamic shared memory, beside kStaticBytes that are static.
+inline constexpr int kStaticBytes = 1024;
+cudaError_t use_shared_memory(int64_t dynamic_bytes, int* result, cudaStream_t stream);
+
+// What the kernel of use_shared_memory may ask for.
+KernelLimits limits_of_use_shared_memory();
 
 // What a block finds in shared memory that it has not written, run after a block that has.
 cudaError_t read_unwritten(float* results, cudaStream_t stream);

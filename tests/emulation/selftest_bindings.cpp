@@ -74,6 +74,25 @@ std::tuple<int, int, int, unsigned long long> statistics(const std::vector<int>&
   return {results[0], results[1], results[2], sum};
 }
 
+std::vector<float> rotated(const std::vector<float>& values, int cluster, Fault fault) {
+  const auto input = device_copy<float>(values);
+  std::vector<float> output(values.size());
+  check(rotate_in_clusters(input.get(), output.data(), static_cast<int>(values.size()), cluster,
+                           fault, nullptr));
+  return output;
+}
+
+int shared_memory_use(int64_t dynamic_bytes) {
+  int result = 0;
+  check(use_shared_memory(dynamic_bytes, &result, nullptr));
+  return result;
+}
+
+std::tuple<int64_t, int, int> limits() {
+  const mlloss::KernelLimits limits = limits_of_use_shared_memory();
+  return {limits.shared_bytes, limits.cluster_blocks, limits.multiprocessors};
+}
+
 std::vector<float> unwritten() {
   std::vector<float> results(64);
   check(read_unwritten(results.data(), nullptr));
@@ -110,7 +129,12 @@ PYBIND11_MODULE(emulation_selftest, module) {
       .value("lane_outside_its_mask", Fault::lane_outside_its_mask)
       .value("read_from_outside_mask", Fault::read_from_outside_mask)
       .value("read_from_returned_lane", Fault::read_from_returned_lane)
-      .value("blocks_write_same_word", Fault::blocks_write_same_word);
+      .value("blocks_write_same_word", Fault::blocks_write_same_word)
+      .value("missing_cluster_barrier", Fault::missing_cluster_barrier)
+      .value("missing_last_cluster_barrier", Fault::missing_last_cluster_barrier)
+      .value("unreachable_cluster_barrier", Fault::unreachable_cluster_barrier)
+      .value("read_beyond_cluster", Fault::read_beyond_cluster)
+      .value("read_unshared", Fault::read_unshared);
   const auto fault = py::arg("fault") = Fault::none;
   module.def("sum", &sum_of, py::arg("values"), py::arg("dtype") = "float32", py::arg("blocks") = 3,
              fault);
@@ -120,6 +144,10 @@ PYBIND11_MODULE(emulation_selftest, module) {
   module.def("copy_wide", &transform<copy_wide>, py::arg("values"), fault);
   module.def("warp_intrinsics", &intrinsics, py::arg("values"), fault);
   module.def("atomic_statistics", &statistics, py::arg("values"), fault);
+  module.def("rotate_in_clusters", &rotated, py::arg("values"), py::arg("cluster") = 4, fault);
+  module.def("use_shared_memory", &shared_memory_use, py::arg("dynamic_bytes"));
+  module.def("limits_of_use_shared_memory", &limits);
+  module.attr("STATIC_BYTES") = kStaticBytes;
   module.def("read_unwritten", &unwritten);
   module.def("execution_order", &execution_order, py::arg("grid"), py::arg("block"));
 }

@@ -200,6 +200,35 @@ __global__ void read_unwritten_kernel(float* __restrict__ results) {
   tile[threadIdx.x] = 1.0f;
 }
 
+__global__ void __launch_bounds__(kThreads)
+    rotate_in_clusters_kernel(const float* __restrict__ values, float* __restrict__ rotated,
+                              Fault fault) {
+  MLLOSS_SHARED_ARRAY(float, scale, 1);
+  MLLOSS_DYNAMIC_SHARED_ARRAY(float, tile);
+  const int i = blockIdx.x * kThreads + threadIdx.x;
+  const int blocks = cluster_blocks();
+  const bool is_last = cluster_rank() == blocks - 1;
+  tile[threadIdx.x] = values[i];
+  if (threadIdx.x == 0) scale[0] = 1.0f;
+  if (fault == Fault::unreachable_cluster_barrier && is_last && threadIdx.x == 7) __syncthreads();
+  if (fault != Fault::missing_cluster_barrier) cluster_barrier();
+  const int next = is_last && fault != Fault::read_beyond_cluster ? 0 : cluster_rank() + 1;
+  const float* place = fault == Fault::read_unshared ? values + i : tile + threadIdx.x;
+  rotated[i] = load_from_block(place, next) * load_from_block(scale, next);
+  if (fault != Fault::missing_last_cluster_barrier) cluster_barrier();
+}
+
+__global__ void __launch_bounds__(kThreads)
+    use_shared_memory_kernel(const int64_t dynamic_bytes, int* __restrict__ result) {
+  MLLOSS_SHARED_ARRAY(float, fixed, kStaticBytes / sizeof(float));
+  MLLOSS_DYNAMIC_SHARED_ARRAY(unsigned char, memory);
+  if (dynamic_bytes == 0) return;
+  fixed[threadIdx.x] = 1.0f;
+  for (int64_t i = threadIdx.x; i < dynamic_bytes; i += kThreads) memory[i] = 1;
+  __syncthreads();
+  if (threadIdx.x == 0) *result = static_cast<int>(fixed[kThreads - 1]) + memory[dynamic_bytes - 1];
+}
+
 __global__ void record_order_kernel(int* __restrict__ order, int* __restrict__ next) {
   const int thread =
       threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * static_cast<int>(threadIdx.z));
@@ -256,6 +285,22 @@ cudaError_t atomic_statistics(const int* values, int count, int* results, unsign
 cudaError_t copy_wide(const float* from, float* to, int count, Fault fault, cudaStream_t stream) {
   return MLLOSS_LAUNCH(copy_wide_kernel, blocks_for(count / 4), kThreads, stream, from, to, count,
                        fault);
+}
+
+cudaError_t rotate_in_clusters(const float* values, float* rotated, int count, int cluster,
+                               Fault fault, cudaStream_t stream) {
+  return MLLOSS_LAUNCH_CLUSTERS(rotate_in_clusters_kernel, dim3(blocks_for(count)), dim3(kThreads),
+                                cluster, kThreads * sizeof(float), stream, values, rotated, fault);
+}
+
+cudaError_t use_shared_memory(int64_t dynamic_bytes, int* result, cudaStream_t stream) {
+  return MLLOSS_LAUNCH_CLUSTERS(use_shared_memory_kernel, dim3(1), dim3(kThreads), 1, dynamic_bytes,
+                                stream, dynamic_bytes, result);
+}
+
+KernelLimits limits_of_use_shared_memory() {
+  static KnownLimits limits;
+  return limits.of(use_shared_memory_kernel, kThreads);
 }
 
 cudaError_t read_unwritten(float* results, cudaStream_t stream) {
