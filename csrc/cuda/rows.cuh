@@ -170,14 +170,14 @@ class RowWindow {
   template <bool kInner>
   __device__ __forceinline__ void store(int vector, const Logits& values, Scalar* row) const {
     const int place = vector * kCount;
-    Scalar* address = row + column_ + place;
-    if ((kInner || is_full(place)) && Logits::is_aligned(address)) {
-      values.store(address);
-    } else {
+    // Only where there is something to write: `row` may be nullptr.
+    if ((kInner || is_full(place)) && Logits::is_aligned(row + (column_ + place))) {
+      values.store(row + (column_ + place));
+      return;
+    }
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (place + i >= first_ && place + i < last_) address[i] = values.element[i];
-      }
+    for (int i = 0; i < kCount; ++i) {
+      if (place + i >= first_ && place + i < last_) row[column_ + place + i] = values.element[i];
     }
   }
 
