@@ -336,7 +336,7 @@ template <class Loss, class Real>
 Pieces pieces_of_rows(const RowwiseProblem& problem, bool writes_rows) {
   return goes_by_entries(problem) ? pieces_of_entries(problem, writes_rows)
                                   : Pieces(problem.rows, problem.columns)
-                                        .of_groups(ShortRows<Loss, Real>(problem).step());
+                                        .of_groups(ShortRows<Loss, Real>(problem, false).step());
 }
 
 // Calls take(row, rows) for the rows of a piece, several at a time if they are short; where it
@@ -385,7 +385,7 @@ void rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output
     const int64_t end = std::min(begin + group, pieces.count());
     for_pieces(begin, end, [&](int64_t first, int64_t last) {
       RowReader<Real> reader(problem);
-      ShortRows<Loss, Real> short_rows(problem);
+      ShortRows<Loss, Real> short_rows(problem, true);
       for (int64_t index = first; index < last; ++index) {
         const Piece piece = pieces[index];
         const auto write = [&](int64_t row) {
@@ -448,7 +448,7 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     RowReader<Real> reader(problem);
-    ShortRows<Loss, Real> short_rows(problem);
+    ShortRows<Loss, Real> short_rows(problem, false);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       const auto take = [&](int64_t row, int rows) {
@@ -491,7 +491,7 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
   };
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     RowReader<Real> reader(problem);
-    ShortRows<Loss, Real> short_rows(problem);
+    ShortRows<Loss, Real> short_rows(problem, false);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       const auto take = [&](int64_t row, int rows) {

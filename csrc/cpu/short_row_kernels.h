@@ -11,6 +11,9 @@ namespace mlloss::cpu {
 // Rows that are finished together: a vector of them.
 constexpr int kShortRowRun = 16;
 
+// Numbers in a vector: as many may be written from a row's last one on.
+constexpr int kWidestVector = 16;
+
 // Short rows, one behind the other.
 struct ShortRowTile {
   const float* logits;      // [rows * columns], and kPadding numbers more
@@ -28,8 +31,8 @@ struct ShortRowSums {
 struct ShortRowKernels {
   // Infinite logits make a sum NaN; the other loops take them.
   void (*sums)(const ShortRowTile& tile, ShortRowSums* sums);
-  // scale * dL/dx, `gradients` [rows * columns] with room for kPadding more. Returns false if a row
-  // needs the other loops.
+  // scale * dL/dx, `gradients` [rows * columns] with room for kWidestVector more. Returns false if
+  // a row needs the other loops.
   bool (*gradients)(const ShortRowTile& tile, const RowStatistics<float>* statistics,
                     const double* scales, float* gradients);
   // Writes numbers as elements of another type. `stream`: past the caches, where they are aligned.
