@@ -25,9 +25,9 @@ timed parts; gradients are freed outside.
 - peak: the most bytes of tensors over what was there before the call, in units of one gradient
 
 The gradient is a fresh tensor. On a CPU backward therefore includes the time in which the system
-maps its pages (not with --keep-memory); "copy, backward to new memory" shows what that costs. On a GPU, time is taken by
-events around work that was queued ahead, and several sets of inputs take turns where one would
-stay in the cache. Whoever fails gets a note in place of numbers.
+maps its pages (not with --keep-memory); "copy, backward to new memory" shows what that costs. On a
+GPU, time is taken by events around work that was queued ahead, and several sets of inputs take
+turns where one would stay in the cache. Whoever fails gets a note in place of numbers.
 
 Targets: bool, packed (one bit per label), sparse (lists of the positives), observed_only (lists of
 the few observed labels with their targets; without a mask). Masks, by what they observe:
@@ -167,8 +167,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--keep-memory",
         action="store_true",
-        help="CPU, glibc: freed memory is not given back to the system, so that backward is measured "
-        "without page faults",
+        help="CPU, glibc: freed memory is not given back to the system, so that backward is "
+        "measured without page faults",
     )
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds")
     parser.add_argument(
