@@ -175,7 +175,10 @@ SHAPES = {"short": (40, 9), "middle": (3, 3001), "long": (3, 150_001)}
 def test_the_ordinary_call_gives_the_same(
     backend: Backend, loss: Loss, form: str, reduction: str
 ) -> None:
-    """On the CPU the same bits: the arithmetic is the same."""
+    """On the CPU the same bits: the arithmetic is the same.
+
+    But short rows that lie apart are added up one by one.
+    """
     for name, shape in SHAPES.items():
         if name == "long" and backend.name != "cpu":
             continue  # rows that are split among CPU threads
@@ -196,7 +199,9 @@ def test_the_ordinary_call_gives_the_same(
                 )
                 (actual,) = torch.autograd.grad(value, leaf)
                 if backend.name in ("cpu", "reference"):
-                    assert torch.equal(value, expected)
+                    if layout == "contiguous" or name != "short":
+                        assert torch.equal(value, expected)
+                    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
                     assert torch.equal(actual, gradient)
                 else:
                     torch.testing.assert_close(value, expected, rtol=2e-6, atol=0)

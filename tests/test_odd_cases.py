@@ -800,6 +800,23 @@ def test_nan_weight_or_target_is_seen(
     assert gradient[1, 20].isnan()
 
 
+@pytest.mark.parametrize("columns", [21, 700])
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1])
+@every_dtype
+@every_loss_everywhere
+def test_nan_of_any_bits_reaches_the_gradient(
+    backend: Backend, loss: Loss, dtype: torch.dtype, bits: int, columns: int
+) -> None:
+    """Rounded to bf16, it could be carried into a number."""
+    x, y = draw_input(loss, 3, columns, dtype=dtype), draw_labels(3, columns)
+    nan = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    assert run(backend, loss, x, y, upstream=nan)[1].isnan().all()
+    weight = torch.ones(columns if loss.pointwise else 3)
+    weight[2] = nan
+    gradient = run(backend, loss, x, y, weight=weight)[1]
+    assert (gradient[:, 2] if loss.pointwise else gradient[2]).isnan().all()
+
+
 # ---- Contents that are wrong, where nobody may look at them --------------------------------------
 
 OUT_OF_RANGE = [50, 51, 4096, 2**31 - 1, 2**40, 2**62]

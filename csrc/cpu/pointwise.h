@@ -505,12 +505,13 @@ class PointwiseConstants {
     labels.soft = soft_;
   }
 
-  // Negative constants are not a number.
+  // Negative constants are not a number; nor is what was none before, but with other bits, see
+  // quiet_scale in vector_loops.h.
   template <class Load>
   const Real* checked(const Strided& array, int count, Real* buffer, const Load& load) const {
     load(array, buffer);
 #pragma omp simd
-    for (int i = 0; i < count; ++i) buffer[i] = buffer[i] < 0 ? kNaN<Real> : buffer[i];
+    for (int i = 0; i < count; ++i) buffer[i] = buffer[i] >= 0 ? buffer[i] : kNaN<Real>;
     return buffer;
   }
 

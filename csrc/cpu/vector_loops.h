@@ -143,7 +143,8 @@ MLLOSS_VECTOR double softplus_sum_of(const Tile<float>& tile) {
             // Selected: an infinite logit on its right side costs 0.
             const Floats part = select(is_zero(factor), all(0), multiply(factor, x));
             linear[j] = add(linear[j], keep(observed, part));
-            e[j] = select(observed, x, all(-kInfinity<float>));
+            // NaN has to stay: beside it, the linear part may be 0.
+            e[j] = keep(observed, exponential(minus_absolute(x)));
           }
         } else {
           with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
@@ -156,8 +157,8 @@ MLLOSS_VECTOR double softplus_sum_of(const Tile<float>& tile) {
               e[j] = x;
             }
           });
+          exponentials_of_size(e);
         }
-        exponentials_of_size(e);
         for (int j = 0; j < kVectors; ++j) q[j] = multiply_add(q[j], e[j], add(q[j], e[j]));
       });
   // A lane has seen kTile / kGroup elements, so q < 2^(kTile / kGroup): two lanes fit together
@@ -365,8 +366,9 @@ struct AsymmetricLoss {
   // Negatives with p <= clip cost nothing: many, as training goes on.
   MLLOSS_VECTOR bool is_zero_for(const Floats (&x)[kVectors]) const {
     const Floats logit = all(loss.logit_high);
-    return !any_not_less(
-        maximum(maximum(maximum(logit, x[0]), x[1]), maximum(maximum(logit, x[2]), x[3])), logit);
+    bool any = false;  // NaN is no such negative
+    for (int j = 0; j < kVectors; ++j) any |= any_not_less(x[j], logit);
+    return !any;
   }
 
   struct Negative {

@@ -114,8 +114,8 @@ MLLOSS_VECTOR bool short_row_gradients_of(const ShortRowTile& tile,
     if ((own.positive_factor == 0 || own.negative_factor == 0) && exceeds_shifts(tile, row, own)) {
       return false;
     }
-    const Floats positive_factor = all(-scale * own.positive_factor);
-    const Floats negative_factor = all(scale * own.negative_factor);
+    const Floats positive_factor = all(quiet_scale(-scale * own.positive_factor));
+    const Floats negative_factor = all(quiet_scale(scale * own.negative_factor));
     const Floats positive_shift = all(own.positive_shift), negative_shift = all(own.negative_shift);
     const float* logits = tile.logits + row * tile.columns;
     float* out = gradients + row * tile.columns;
