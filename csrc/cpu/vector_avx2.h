@@ -92,31 +92,33 @@ MLLOSS_VECTOR void copy_padded(const void* source, int64_t count, int64_t padded
   std::memset(static_cast<char*>(out) + count, 0, padded - count);
 }
 
-// e^x for x <= 80 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
-MLLOSS_VECTOR Floats exponential(Floats x) {
+// x = k ln 2 + r; 2^k, and (e^r - 1) / r.
+struct Reduced {
+  Floats power, r, slope;
+};
+MLLOSS_VECTOR Reduced reduced(Floats x) {
   // Adding 1.5 * 2^23 rounds to an integer, and leaves that integer in the low bits.
   const Floats round = all(12582912.0f);
   const Floats shifted = multiply_add(x, all(kLog2E), round);
   const Floats r = _mm256_fnmadd_ps(subtract(shifted, round), all(kLn2), x);
   Floats p = all(kExponential[0]);
-  for (int i = 1; i < 6; ++i) p = multiply_add(p, r, all(kExponential[i]));
+  for (int i = 1; i < 5; ++i) p = multiply_add(p, r, all(kExponential[i]));
   const __m256i power = _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(shifted), 23),
                                          _mm256_set1_epi32(0x3f800000));
+  return {_mm256_castsi256_ps(power), r, p};
+}
+
+// e^x for x <= 80 (or NaN). Results below 1.2e-38, which are subnormal, are 0.
+MLLOSS_VECTOR Floats exponential(Floats x) {
+  const Reduced own = reduced(x);
   const Mask is_tiny = _mm256_cmp_ps(x, all(-87.3365448f), _CMP_LT_OQ);
-  return _mm256_andnot_ps(is_tiny, multiply(p, _mm256_castsi256_ps(power)));
+  return _mm256_andnot_ps(is_tiny, multiply(multiply_add(own.slope, own.r, all(1)), own.power));
 }
 
 // e^x - 1 for x <= 0 (or NaN).
 MLLOSS_VECTOR Floats expm1_of(Floats x) {
-  x = maximum(all(-87), x);
-  const Floats round = all(12582912.0f);
-  const Floats shifted = multiply_add(x, all(kLog2E), round);
-  const Floats r = _mm256_fnmadd_ps(subtract(shifted, round), all(kLn2), x);
-  Floats p = all(kExponential[0]);
-  for (int i = 1; i < 5; ++i) p = multiply_add(p, r, all(kExponential[i]));
-  const Floats power = _mm256_castsi256_ps(_mm256_add_epi32(
-      _mm256_slli_epi32(_mm256_castps_si256(shifted), 23), _mm256_set1_epi32(0x3f800000)));
-  return multiply_add(multiply(p, r), power, subtract(power, all(1)));
+  const Reduced own = reduced(maximum(all(-87), x));
+  return multiply_add(multiply(own.slope, own.r), own.power, subtract(own.power, all(1)));
 }
 
 // Whether some element of x is greater than that of y, or not a number.

@@ -340,7 +340,7 @@ class RowWindow {
 #pragma unroll
         for (int k = 0; k < kVectors; ++k) {
           const int place = (vector + k * stride) * kCount;
-          read_numbers(column_ + place, extent_at<kInner>(place), labels[k]);
+          load_numbers(problem_, row_, column_ + place, extent_at<kInner>(place), labels[k]);
         }
         return;
       }
@@ -356,24 +356,6 @@ class RowWindow {
           labels[k].target[i] = bits[k] & 1u << i ? Real(1) : Real(0);
         }
       }
-    }
-  }
-
-  __device__ __forceinline__ void read_numbers(int64_t column, Extent extent,
-                                               VectorOfLabels& labels) const {
-    const Labels& target = problem_.target;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) labels.target[i] = 0;
-    load_any(target.data, target.element, row_ * target.row_stride + column * target.column_stride,
-             target.column_stride, extent, labels.target);
-    const bool ignores_nan = problem_.ignored != problem_.ignored;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const Real y = labels.target[i];
-      if (problem_.has_ignored && (ignores_nan ? y != y : y == Real(problem_.ignored))) {
-        labels.observed &= ~(1u << i);
-      }
-      labels.target[i] = y >= 0 && y <= 1 ? y : kNaN<Real>;
     }
   }
 

@@ -83,6 +83,26 @@ struct VectorLabels {
   Real target[kCount];  // soft targets, NaN where invalid
 };
 
+// Numbers of a dense target of row `row`, from `column` on; ignored elements are not observed.
+template <class Real, int kCount>
+__device__ __forceinline__ void load_numbers(const Problem& problem, int64_t row, int64_t column,
+                                             Extent extent, VectorLabels<Real, kCount>& labels) {
+  const Labels& target = problem.target;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) labels.target[i] = 0;
+  load_any(target.data, target.element, row * target.row_stride + column * target.column_stride,
+           target.column_stride, extent, labels.target);
+  const bool ignores_nan = problem.ignored != problem.ignored;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const Real y = labels.target[i];
+    if (problem.has_ignored && (ignores_nan ? y != y : y == Real(problem.ignored))) {
+      labels.observed &= ~(1u << i);
+    }
+    labels.target[i] = y >= 0 && y <= 1 ? y : kNaN<Real>;
+  }
+}
+
 // Shared memory of sparse labels. Of a target or mask a window's labels become a bitmap; of soft
 // targets, a tile's become an array of numbers.
 template <class Real, bool kSoft>
@@ -251,22 +271,7 @@ class LabelTiles {
       if constexpr (kSoft) fill_from_bits(labels);
       return;
     }
-    if constexpr (kSoft) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) labels.target[i] = 0;
-      load_any(target.data, target.element,
-               row_ * target.row_stride + column * target.column_stride, target.column_stride,
-               extent, labels.target);
-      const bool ignores_nan = problem_.ignored != problem_.ignored;
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const Real y = labels.target[i];
-        if (problem_.has_ignored && (ignores_nan ? y != y : y == Real(problem_.ignored))) {
-          labels.observed &= ~(1u << i);
-        }
-        labels.target[i] = y >= 0 && y <= 1 ? y : kNaN<Real>;
-      }
-    }
+    if constexpr (kSoft) load_numbers(problem_, row_, column, extent, labels);
   }
 
   __device__ __forceinline__ void fill_from_bits(VectorLabels<Real, kCount>& labels) const {
