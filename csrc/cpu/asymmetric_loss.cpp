@@ -31,9 +31,9 @@ struct VectorLoss<AsymmetricLoss<float>> {
   }
 
   static bool sum(const VectorKernels& vector, const Loss& loss, const PointwiseTile<float>& tile,
-                  double& sum) {
+                  LossSum* sum) {
     if (!takes(loss, tile)) return false;
-    sum += vector.asymmetric_sum(tile, tile.weight, constants_of(loss));
+    vector.asymmetric_sum(tile, tile.weight, constants_of(loss), sum);
     return true;
   }
 

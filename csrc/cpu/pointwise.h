@@ -375,11 +375,11 @@ struct VectorLoss {
 
   // Adds to `sum`.
   static bool sum(const VectorKernels& vector, const Loss&, const PointwiseTile<float>& tile,
-                  double& sum) {
+                  LossSum* sum) {
     if (is_plain(tile)) {
-      sum += vector.softplus_sum(tile);
+      vector.softplus_sum(tile, sum);
     } else if (tile.labels.kind != TargetKind::kSoft) {
-      sum += vector.weighted_softplus_sum(tile, factors_of(tile));
+      vector.weighted_softplus_sum(tile, factors_of(tile), sum);
     } else {
       return false;
     }
@@ -640,6 +640,7 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       PartialSum sum;
+      LossSum vector_sum;
       const auto add = [&](const Tile<Real>& labelled, int64_t row, int64_t begin) {
         Real* out = losses == nullptr ? nullptr : losses + row * problem.columns + begin;
         if (labelled.labels.empty && out == nullptr) return;
@@ -647,7 +648,7 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
         bool done = false;
         if constexpr (std::is_same_v<Real, float>) {
           if (vector != nullptr) {
-            done = VectorLoss<Loss>::sum(*vector, loss, tile, sum.total);
+            done = VectorLoss<Loss>::sum(*vector, loss, tile, &vector_sum);
             if (!done) reader.decode(tile);
           }
         }
@@ -655,6 +656,7 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
         if (counts(problem.reduction)) sum.denominator += counted(tile, problem.reduction, vector);
       };
       for_all_tiles(problem, piece, reader, add);
+      if (vector != nullptr) sum.total += vector->total(&vector_sum);
       sums[index] = sum;
     }
   });
@@ -760,6 +762,7 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
       PartialSum sum;
+      LossSum vector_sum;
       const auto add = [&](const Tile<Real>& labelled, int64_t row, int64_t begin) {
         const int64_t offset = row * problem.row_stride + begin;
         const int count = labelled.count;
@@ -770,7 +773,7 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
         if constexpr (std::is_same_v<Real, float>) {
           if (vector != nullptr) {
             void* out = element_at(output, problem.element, offset);
-            if (VectorLoss<Loss>::sum(*vector, loss, tile, sum.total)) {
+            if (VectorLoss<Loss>::sum(*vector, loss, tile, &vector_sum)) {
               VectorLoss<Loss>::gradients(*vector, loss, tile, scale, false, out);
               return;
             }
@@ -782,6 +785,7 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
         if (gradients == buffer) store(buffer, count, output, problem.element, offset);
       };
       for_all_tiles(problem, piece, reader, add);
+      if (vector != nullptr) sum.total += vector->total(&vector_sum);
       sums[index] = sum;
     }
   });

@@ -24,9 +24,9 @@ struct VectorLoss<SigmoidFocalLoss<float>> {
   }
 
   static bool sum(const VectorKernels& vector, const Loss& loss, const PointwiseTile<float>& tile,
-                  double& sum) {
+                  LossSum* sum) {
     if (!takes(loss, tile)) return false;
-    sum += vector.focal_sum(tile, tile.weight, constants_of(loss));
+    vector.focal_sum(tile, tile.weight, constants_of(loss), sum);
     return true;
   }
 

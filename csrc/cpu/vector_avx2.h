@@ -1,6 +1,8 @@
 // Vectors of floats with the instructions of AVX2 and FMA; included by vector_kernels.cpp.
 constexpr int kWidth = 8;
 
+constexpr int kUpperHalf = static_cast<int>(0xffff0000u);
+
 using Floats = __m256;
 using Mask = __m256;  // all bits of an element, or none
 
@@ -15,6 +17,32 @@ MLLOSS_VECTOR Floats load(const Half* data) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
 }
 
+// Two vectors of elements. Those of bf16 are first the even, then the odd elements: see in_pairs.
+MLLOSS_VECTOR void load_pair(const float* data, Floats& a, Floats& b) {
+  a = load(data);
+  b = load(data + kWidth);
+}
+MLLOSS_VECTOR void load_pair(const Half* data, Floats& a, Floats& b) {
+  a = load(data);
+  b = load(data + kWidth);
+}
+MLLOSS_VECTOR void load_pair(const BFloat16* data, Floats& a, Floats& b) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+  a = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+  b = _mm256_castsi256_ps(_mm256_and_si256(bits, _mm256_set1_epi32(kUpperHalf)));
+}
+
+// Floats in the order that load_pair has for bf16.
+MLLOSS_VECTOR void load_in_pairs(const float* data, Floats& a, Floats& b) {
+  // Shuffling goes by halves of a vector.
+  constexpr int kEven = 0b10001000, kOdd = 0b11011101, kMiddle = 0b11011000;
+  const Floats x = load(data), y = load(data + kWidth);
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(x, y, kEven));
+  const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(x, y, kOdd));
+  a = _mm256_castpd_ps(_mm256_permute4x64_pd(even, kMiddle));
+  b = _mm256_castpd_ps(_mm256_permute4x64_pd(odd, kMiddle));
+}
+
 MLLOSS_VECTOR void store(Floats values, float* out) { _mm256_storeu_ps(out, values); }
 
 MLLOSS_VECTOR void store_bits(__m256i bits, bool stream, void* out) {
@@ -24,24 +52,23 @@ MLLOSS_VECTOR void store_bits(__m256i bits, bool stream, void* out) {
     _mm256_storeu_si256(static_cast<__m256i*>(out), bits);
   }
 }
-// bf16 in the lower half of each element, rounded to nearest even. NaN stays NaN unless all its
+// bf16 in the upper half of each element, rounded to nearest even. NaN stays NaN unless all its
 // lower 16 bits are set, see quiet_scale.
 MLLOSS_VECTOR __m256i round_bfloat16(Floats values) {
   const __m256i bits = _mm256_castps_si256(values);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  return _mm256_srli_epi32(rounded, 16);
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 
-// Two vectors, one behind the other; a streamed address is a multiple of 64.
+// Two vectors in the order of load_pair; a streamed address is a multiple of 64.
 MLLOSS_VECTOR void store_pair(Floats a, Floats b, bool stream, float* out) {
   store_bits(_mm256_castps_si256(a), stream, out);
   store_bits(_mm256_castps_si256(b), stream, out + kWidth);
 }
 MLLOSS_VECTOR void store_pair(Floats a, Floats b, bool stream, BFloat16* out) {
-  // Packing goes by halves of a vector: a0 b0 a1 b1.
-  const __m256i packed = _mm256_packus_epi32(round_bfloat16(a), round_bfloat16(b));
-  store_bits(_mm256_permute4x64_epi64(packed, 0b11011000), stream, out);
+  const __m256i even = _mm256_srli_epi32(round_bfloat16(a), 16);
+  constexpr int kOdd = 0b10101010;
+  store_bits(_mm256_blend_epi16(even, round_bfloat16(b), kOdd), stream, out);
 }
 MLLOSS_VECTOR void store_pair(Floats a, Floats b, bool stream, Half* out) {
   const __m256i lower = _mm256_castsi128_si256(_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
@@ -72,6 +99,14 @@ MLLOSS_VECTOR Floats select(Mask mask, Floats a, Floats b) { return _mm256_blend
 MLLOSS_VECTOR Floats keep(Mask mask, Floats x) { return _mm256_and_ps(mask, x); }
 MLLOSS_VECTOR Floats flip_sign(Mask mask, Floats x) {
   return _mm256_xor_ps(x, _mm256_and_ps(mask, all(-0.0f)));
+}
+
+// The bits of elements in the order of load_pair for bf16.
+MLLOSS_VECTOR uint64_t in_pairs(uint64_t bits) {
+  constexpr uint32_t kEven = 0x5555;
+  const auto own = static_cast<uint32_t>(bits);
+  return _pext_u32(own, kEven) | _pext_u32(own, kEven << 1) << kWidth |
+         _pext_u32(own, kEven << 16) << 2 * kWidth | _pext_u32(own, kEven << 17) << 3 * kWidth;
 }
 
 // `count` bytes, at most 4 kWidth, as bits: 1 where nonzero.
@@ -126,11 +161,35 @@ MLLOSS_VECTOR bool any_not_less(Floats x, Floats y) {
   return _mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_NLE_UQ)) != 0;
 }
 
-// e^-|x| of several vectors.
-template <int kCount>
-MLLOSS_VECTOR void exponentials_of_size(Floats (&x)[kCount]) {
-  for (int j = 0; j < kCount; ++j) x[j] = exponential(minus_absolute(x[j]));
-}
+// Exponentials of kVectors vectors; in two steps, as for other instruction sets. There are too few
+// registers to do other work in between.
+struct Exponentials {
+  static constexpr bool kOverlaps = false;
+
+  Floats x[kVectors];
+
+  // e^x for x <= 80 (or NaN).
+  MLLOSS_VECTOR void start(const Floats (&values)[kVectors]) {
+    MLLOSS_FOR_VECTORS (j) x[j] = values[j];
+  }
+  // e^-|x|
+  MLLOSS_VECTOR void start_of_size(const Floats (&values)[kVectors]) {
+    MLLOSS_FOR_VECTORS (j) x[j] = minus_absolute(values[j]);
+  }
+  MLLOSS_VECTOR void finish(Floats (&e)[kVectors]) const {
+    MLLOSS_FOR_VECTORS (j) e[j] = exponential(x[j]);
+  }
+
+  // For finish_sigmoids.
+  MLLOSS_VECTOR void start_sigmoids(const Floats (&values)[kVectors]) { start(values); }
+  // factor * sigmoid(x)
+  MLLOSS_VECTOR void finish_sigmoids(Floats factor, Floats (&y)[kVectors]) const {
+    MLLOSS_FOR_VECTORS (j) {
+      const Floats e = exponential(minus_absolute(x[j]));
+      y[j] = divide(select(is_negative(x[j]), multiply(factor, e), factor), add(all(1), e));
+    }
+  }
+};
 
 // x = 2^exponent rest with rest in [sqrt(1/2), sqrt(2)), for normal x > 0.
 struct Parts {
@@ -142,6 +201,14 @@ MLLOSS_VECTOR Parts parts_of(Floats x) {
   const __m256i power = _mm256_slli_epi32(k, 23);
   return {_mm256_cvtepi32_ps(k), _mm256_castsi256_ps(_mm256_sub_epi32(bits, power)),
           _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_set1_epi32(0x3f800000), power))};
+}
+
+// Adds numbers to 8 sums.
+MLLOSS_VECTOR void add_doubles(Floats x, double* sums) {
+  const __m256d lower = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
+  const __m256d upper = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), lower));
+  _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), upper));
 }
 
 MLLOSS_VECTOR double sum_of(Floats x) {

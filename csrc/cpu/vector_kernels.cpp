@@ -25,6 +25,9 @@
 
 #if MLLOSS_VECTORS
 
+// Unrolled so early that the compiler keeps arrays of vectors in registers.
+#define MLLOSS_FOR_VECTORS(j) _Pragma("GCC unroll 8") for (int j = 0; j < kVectors; ++j)
+
 namespace mlloss::cpu {
 namespace {
 
@@ -52,14 +55,19 @@ constexpr float kLog1p[] = {5.36542246e-3f,  -3.00683007e-2f, 7.92088285e-2f,
                             -1.37541875e-1f, 1.91538483e-1f,  -2.48572171e-1f,
                             3.33213300e-1f,  -4.99996483e-1f, 1.0f};
 
+// Vectors are taken so many at a time, as a group: independent chains of additions hide their
+// latency.
+constexpr int kVectors = 4;
+
 // Bytes from what is read to what is fetched: about as long as memory takes to answer.
 constexpr int kPrefetch = 16384;
 
 }  // namespace
 }  // namespace mlloss::cpu
 
-#define MLLOSS_TARGET target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,popcnt")
+#define MLLOSS_TARGET target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c,bmi2,popcnt")
 #define MLLOSS_VECTOR inline __attribute__((always_inline, MLLOSS_TARGET))
+#define MLLOSS_VECTOR_LAMBDA __attribute__((always_inline, MLLOSS_TARGET))
 namespace mlloss::cpu::avx512 {
 namespace {
 #include "cpu/vector_avx512.h"
@@ -69,7 +77,7 @@ namespace {
 }  // namespace mlloss::cpu::avx512
 #undef MLLOSS_TARGET
 
-#define MLLOSS_TARGET target("avx2,fma,f16c,popcnt")
+#define MLLOSS_TARGET target("avx2,fma,f16c,bmi2,popcnt")
 namespace mlloss::cpu::avx2 {
 namespace {
 #include "cpu/vector_avx2.h"

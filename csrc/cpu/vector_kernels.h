@@ -38,34 +38,47 @@ struct AsymmetricConstants {
   float logit_high, logit_low;
 };
 
+// A sum of losses over tiles, on its way: those of softplus wait as what their logarithms are to be
+// taken of, until there are enough for the CPU to take many at once.
+struct LossSum {
+  static constexpr int kTiles = 8, kProducts = 32, kLinear = 16;
+
+  double total = 0;
+  int tiles = 0;
+  alignas(64) float products[kTiles][kProducts];
+  alignas(64) float linear[kTiles][kLinear];
+};
+
 // A sum of e^x over what has been seen of one side of a row, as e^shift * sum. The shift was the
 // largest x of some tile and is raised only when one is so much larger that floats might overflow:
-// so there is seldom anything to rescale.
+// so there is seldom anything to rescale. In parts that are put together at the end.
 struct RunningSum {
   static constexpr float kNear = 32;
+  static constexpr float kNoShift = -std::numeric_limits<float>::max();
+  static constexpr int kLargest = 16, kParts = 8;
 
-  float shift = -std::numeric_limits<float>::max();
-  float largest = -kInfinity<float>;
-  double sum = 0;
+  float shift = kNoShift;
+  alignas(64) float largest[kLargest];
+  alignas(64) double sum[kParts] = {};
 
-  bool is_empty() const { return largest == -kInfinity<float>; }
-  bool is_near(float value) const { return value <= shift + kNear; }
+  RunningSum() { std::fill_n(largest, kLargest, -kInfinity<float>); }
+
+  bool has_shift() const { return shift != kNoShift; }
 
   void raise(float value) {
-    if (is_near(value)) return;
-    sum *= std::exp(static_cast<double>(shift) - value);
+    if (value <= shift + kNear) return;
+    const double factor = std::exp(static_cast<double>(shift) - value);
+    for (double& part : sum) part *= factor;
     shift = value;
   }
 
-  // `part` is relative to e^shift.
-  void add(float value, double part) {
-    largest = std::max(largest, value);
-    sum += part;
-  }
-
   ScaledSum<double> scaled() const {
-    if (is_empty() || shift == largest) return {largest, sum};  // empty: 0, or NaN
-    return {largest, sum * std::exp(static_cast<double>(shift) - largest)};
+    const float own_largest = *std::max_element(largest, largest + kLargest);
+    double total = 0;
+    for (const double part : sum) total += part;
+    // Nothing was added: the total is 0, or NaN.
+    if (own_largest == -kInfinity<float>) return {own_largest, total};
+    return {own_largest, total * std::exp(static_cast<double>(shift) - own_largest)};
   }
 };
 
@@ -78,19 +91,23 @@ struct RunningSums {
 // They read `stored` and `element` of a tile rather than its `logits`, and write gradients of that
 // element type. `stream`: past the caches, for outputs that do not fit into them anyway.
 struct VectorKernels {
-  // The sum of softplus over a tile without weights.
-  double (*softplus_sum)(const Tile<float>& tile);
+  // Sums of losses over a tile are added to what comes from the tiles before; `total` is what there
+  // is in the end.
+  double (*total)(LossSum* sum);
+  // Softplus without weights.
+  void (*softplus_sum)(const Tile<float>& tile, LossSum* sum);
   void (*softplus_gradients)(const Tile<float>& tile, float scale, bool stream, void* gradients);
   // The same with constants of the elements, for hard targets.
-  double (*weighted_softplus_sum)(const Tile<float>& tile, const Factors& factors);
+  void (*weighted_softplus_sum)(const Tile<float>& tile, const Factors& factors, LossSum* sum);
   void (*weighted_softplus_gradients)(const Tile<float>& tile, const Factors& factors, float scale,
                                       bool stream, void* gradients);
   // For hard targets; `weight` as in Factors.
-  double (*focal_sum)(const Tile<float>& tile, const float* weight, const FocalConstants& loss);
+  void (*focal_sum)(const Tile<float>& tile, const float* weight, const FocalConstants& loss,
+                    LossSum* sum);
   void (*focal_gradients)(const Tile<float>& tile, const float* weight, const FocalConstants& loss,
                           float scale, bool stream, void* gradients);
-  double (*asymmetric_sum)(const Tile<float>& tile, const float* weight,
-                           const AsymmetricConstants& loss);
+  void (*asymmetric_sum)(const Tile<float>& tile, const float* weight,
+                         const AsymmetricConstants& loss, LossSum* sum);
   void (*asymmetric_gradients)(const Tile<float>& tile, const float* weight,
                                const AsymmetricConstants& loss, float scale, bool stream,
                                void* gradients);

@@ -1,75 +1,173 @@
 // The loops of VectorKernels over the vectors of one instruction set; included by
-// vector_kernels.cpp once for each. Vectors are taken four at a time, as a group: independent
-// chains of additions hide their latency.
-constexpr int kVectors = 4;
+// vector_kernels.cpp once for each.
 constexpr int kGroup = kVectors * kWidth;
 constexpr uint64_t kFull = kGroup == 64 ? ~uint64_t(0) : (uint64_t(1) << (kGroup % 64)) - 1;
 
-// Labels of `count` elements as bits, from element i on; the rest of the bits is 0.
-MLLOSS_VECTOR uint64_t label_bits(const uint8_t* bytes, const uint32_t* words, int i, int count) {
-  if (words == nullptr) return bits_of(bytes + i, count);
-  uint64_t bits = words[i / kWordBits];
-  if (count > kWordBits) bits |= uint64_t(words[i / kWordBits + 1]) << kWordBits;
-  return count < kGroup ? bits & ((uint64_t(1) << count) - 1) : bits;
-}
+using GroupBits = std::conditional_t<kGroup == 64, uint64_t, uint32_t>;
 
-// The elements [begin, begin + kGroup) of a tile; at its end, a copy filled up with zeros that are
-// not observed.
-template <class Stored>
-struct Group {
-  const Stored* logits;
-  const float* soft;
-  uint64_t hard = 0;
-  uint64_t observed = kFull;
+// The hard targets or the mask of a tile, as the bits of its groups.
+class TileBits {
+ public:
+  // Of bytes or words, or of neither: then all bits are `others`. Also fetches bytes so far ahead.
+  MLLOSS_VECTOR TileBits(const uint8_t* bytes, const uint32_t* words, GroupBits others, int count,
+                         int ahead) {
+    const int groups = count / kGroup, rest = count % kGroup;
+    whole_ = own_;
+    last_ = others;
+    if (words != nullptr) {
+      whole_ = words;
+      const uint32_t* last = words + groups * (kGroup / kWordBits);
+      if (rest > 0) last_ = last[0];
+      if (rest > kWordBits) last_ |= uint64_t(last[1]) << kWordBits;
+    } else if (bytes != nullptr) {
+      for (int g = 0; g < groups; ++g) {
+        __builtin_prefetch(bytes + g * kGroup + ahead);  // never faults
+        own_[g] = static_cast<GroupBits>(bits_of(bytes + g * kGroup, kGroup));
+      }
+      if (rest > 0) last_ = static_cast<GroupBits>(bits_of(bytes + groups * kGroup, rest));
+    } else {
+      for (int g = 0; g < groups; ++g) own_[g] = others;
+    }
+    last_ &= (GroupBits(1) << rest) - 1;
+  }
+
+  // Of the whole groups, one behind the other; and of the rest, of which there may be none.
+  const void* whole() const { return whole_; }
+  const void* last() const { return &last_; }
+
+ private:
+  const void* whole_;
+  GroupBits last_;
+  GroupBits own_[kTile / kGroup];
 };
 
-// Calls body(group, begin, count) for the groups of a tile. kSoft: with soft targets. kFetches:
-// also fetches ahead what memory holds behind the tile.
-template <bool kSoft, bool kFetches, class Stored, class Body>
-MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Body& body) {
-  const auto* logits = static_cast<const Stored*>(tile.stored);
-  const LabelTile<float> labels = tile.labels;
-  const bool is_hard = labels.kind == TargetKind::kHard;
-  const bool is_masked = labels.observed != nullptr || labels.observed_bits != nullptr;
-  alignas(64) Stored last_logits[kGroup];
-  alignas(64) float last_soft[kGroup];
-  for (int i = 0; i < tile.count; i += kGroup) {
-    const int count = tile.count - i < kGroup ? tile.count - i : kGroup;
-    Group<Stored> group{logits + i, kSoft ? labels.soft + i : nullptr};
-    if (is_hard) group.hard = label_bits(labels.hard, labels.hard_bits, i, count);
-    if (is_masked) group.observed = label_bits(labels.observed, labels.observed_bits, i, count);
-    if (count == kGroup && kFetches) {
-      for (int line = 0; line < kGroup * int(sizeof(Stored)); line += 64) {
-        _mm_prefetch(reinterpret_cast<const char*>(logits + i) + line + kPrefetch, _MM_HINT_T0);
-      }
-      // As far ahead in elements; prefetching never faults.
-      constexpr int kAhead = kPrefetch / int(sizeof(Stored));
-      if (is_hard && labels.hard != nullptr) __builtin_prefetch(labels.hard + i + kAhead);
-      if (is_masked && labels.observed != nullptr) __builtin_prefetch(labels.observed + i + kAhead);
-    } else if (count < kGroup) {
-      copy_padded(logits + i, count * sizeof(Stored), sizeof last_logits, last_logits);
-      group.logits = last_logits;
-      if (!is_masked) group.observed = (uint64_t(1) << count) - 1;
-      if constexpr (kSoft) {
-        copy_padded(labels.soft + i, count * sizeof(float), sizeof last_soft, last_soft);
-        group.soft = last_soft;
-      }
+MLLOSS_VECTOR uint64_t bits_at(const void* bits, int group) {
+  GroupBits own;
+  std::memcpy(&own, static_cast<const char*>(bits) + group * int(sizeof own), sizeof own);
+  return own;
+}
+
+// Bits of a group in the order of load_pair.
+template <class Stored>
+MLLOSS_VECTOR uint64_t in_order(uint64_t bits) {
+  constexpr bool kPairs = std::is_same_v<Stored, BFloat16>;
+  return kPairs && bits != 0 && bits != kFull ? in_pairs(bits) : bits;
+}
+
+// Elements of a tile, kGroup of them or, at its end, a copy filled up with zeros that are not
+// observed. The bits are in the order of load_pair.
+template <class Stored>
+struct Group {
+  const Stored* logits = nullptr;
+  const float* soft = nullptr;
+  uint64_t hard = 0;
+  uint64_t observed = kFull;
+  int begin = 0;
+  int count = 0;
+};
+
+template <class Stored>
+MLLOSS_VECTOR void load_group(const Stored* data, Floats (&x)[kVectors]) {
+  for (int j = 0; j < kVectors; j += 2) load_pair(data + j * kWidth, x[j], x[j + 1]);
+}
+
+// Floats beside elements of type Stored, in the same order.
+template <class Stored>
+MLLOSS_VECTOR void load_beside(const float* data, Floats (&x)[kVectors]) {
+  for (int j = 0; j < kVectors; j += 2) {
+    if constexpr (std::is_same_v<Stored, BFloat16>) {
+      load_in_pairs(data + j * kWidth, x[j], x[j + 1]);
+    } else {
+      load_pair(data + j * kWidth, x[j], x[j + 1]);
     }
-    body(group, i, count);
   }
 }
 
-// Writes values(j), the vectors of a group of gradients.
-template <class Stored, class Values>
-MLLOSS_VECTOR void store_group(const Values& values, int begin, int count, bool stream,
-                               Stored* gradients) {
-  alignas(64) Stored last[kGroup];
-  Stored* out = count == kGroup ? gradients + begin : last;
-  stream = stream && count == kGroup;
-  for (int j = 0; j < kVectors; j += 2) {
-    store_pair(values(j), values(j + 1), stream, out + j * kWidth);
+// What start() of a group leaves for finish() where nothing has to be left.
+struct Nothing {
+  static constexpr bool kOverlaps = false;
+};
+
+// Calls start(group, state), then finish(group, state), for the groups of a tile. If a State
+// overlaps, a group starts before the one before it is finished. kSoft: with soft targets. Also
+// fetches ahead what memory holds behind the tile.
+template <bool kSoft, class Stored, class State, class Start, class Finish>
+MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Start& start, const Finish& finish) {
+  const LabelTile<float>& labels = tile.labels;
+  const bool is_hard = labels.kind == TargetKind::kHard;
+  constexpr int kAhead = kPrefetch / int(sizeof(Stored));  // in elements
+  const TileBits hard(is_hard ? labels.hard : nullptr, is_hard ? labels.hard_bits : nullptr, 0,
+                      tile.count, kAhead);
+  const TileBits observed(labels.observed, labels.observed_bits, static_cast<GroupBits>(kFull),
+                          tile.count, kAhead);
+  // Whole groups first, then what is none, as a copy filled up.
+  const int groups = tile.count / kGroup, rest = tile.count % kGroup;
+  alignas(64) Stored last_logits[kGroup];
+  alignas(64) float last_soft[kGroup];
+  const auto* tile_logits = static_cast<const Stored*>(tile.stored);
+  if (rest > 0) {
+    copy_padded(tile_logits + groups * kGroup, rest * sizeof(Stored), sizeof last_logits,
+                last_logits);
+    if (kSoft) {
+      copy_padded(labels.soft + groups * kGroup, rest * sizeof(float), sizeof last_soft, last_soft);
+    }
   }
-  if (count < kGroup) std::memcpy(gradients + begin, last, count * sizeof(Stored));
+  Group<Stored> before;
+  State state_before;
+  bool has_before = false;
+  for (const bool is_last : {false, true}) {
+    const Stored* logits = is_last ? last_logits : tile_logits;
+    const float* soft = is_last ? last_soft : labels.soft;
+    const void* hard_bits = is_last ? hard.last() : hard.whole();
+    const void* observed_bits = is_last ? observed.last() : observed.whole();
+    const int begin = is_last ? groups * kGroup : 0;
+    const int count = is_last ? rest : kGroup;
+    const int end = is_last ? rest > 0 : groups;
+    for (int g = 0; g < end; ++g) {
+      const char* fetched = reinterpret_cast<const char*>(logits + g * kGroup) + kPrefetch;
+      for (int line = 0; line < kGroup * int(sizeof(Stored)); line += 64) {
+        _mm_prefetch(fetched + line, _MM_HINT_T0);
+      }
+      const Group<Stored> group{logits + g * kGroup,
+                                kSoft ? soft + g * kGroup : nullptr,
+                                in_order<Stored>(bits_at(hard_bits, g)),
+                                in_order<Stored>(bits_at(observed_bits, g)),
+                                begin + g * kGroup,
+                                count};
+      State state;
+      start(group, state);
+      if constexpr (State::kOverlaps) {
+        if (has_before) finish(before, state_before);
+        has_before = true;
+        before = group;
+        state_before = state;
+      } else {
+        finish(group, state);
+      }
+    }
+  }
+  if (has_before) finish(before, state_before);
+}
+
+// Calls body(group) for the groups of a tile.
+template <bool kSoft, class Stored, class Body>
+MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Body& body) {
+  for_groups<kSoft, Stored, Nothing>(
+      tile, [](const Group<Stored>&, Nothing) MLLOSS_VECTOR_LAMBDA {},
+      [&](const Group<Stored>& group, Nothing) MLLOSS_VECTOR_LAMBDA { body(group); });
+}
+
+// Writes a group of gradients.
+template <class Stored>
+MLLOSS_VECTOR void store_group(const Floats (&values)[kVectors], int begin, int count, bool stream,
+                               Stored* gradients) {
+  const bool is_whole = count == kGroup;
+  alignas(64) Stored last[kGroup];
+  Stored* out = is_whole ? gradients + begin : last;
+  for (int j = 0; j < kVectors; j += 2) {
+    store_pair(values[j], values[j + 1], stream && is_whole, out + j * kWidth);
+  }
+  if (!is_whole) std::memcpy(gradients + begin, last, count * sizeof(Stored));
 }
 
 // NaN that is safe to be rounded to bf16: a product takes over the bits of one that it meets.
@@ -79,8 +177,6 @@ MLLOSS_VECTOR float quiet_scale(float scale) { return scale != scale ? kNaN<floa
 MLLOSS_VECTOR bool is_aligned(const void* address) {
   return reinterpret_cast<uintptr_t>(address) % 64 == 0;
 }
-
-#define MLLOSS_VECTOR_LAMBDA __attribute__((always_inline, MLLOSS_TARGET))
 
 // ---- Softplus ----
 
@@ -125,150 +221,216 @@ MLLOSS_VECTOR Floats log1p_below_one(Floats e) {
   return multiply(p, e);
 }
 
-// See add_to_lanes in pointwise.h.
-template <bool kSoft, class Stored>
-MLLOSS_VECTOR double softplus_sum_of(const Tile<float>& tile) {
-  Floats q[kVectors], linear[kVectors];
-  for (int j = 0; j < kVectors; ++j) q[j] = linear[j] = all(0);
-  for_groups<kSoft, true, Stored>(
-      tile, [&](const Group<Stored>& group, int, int) MLLOSS_VECTOR_LAMBDA {
-        if (group.observed == 0) return;  // common where few labels are observed
-        Floats e[kVectors];
-        if constexpr (kSoft) {
-          for (int j = 0; j < kVectors; ++j) {
-            const Mask observed = mask_from(group.observed, j);
-            const Floats x = load(group.logits + j * kWidth);
-            const Floats y = load(group.soft + j * kWidth);
-            const Floats factor = subtract(select(is_negative(x), all(0), all(1)), y);
-            // Selected: an infinite logit on its right side costs 0.
-            const Floats part = select(is_zero(factor), all(0), multiply(factor, x));
-            linear[j] = add(linear[j], keep(observed, part));
-            // NaN has to stay: beside it, the linear part may be 0.
-            e[j] = keep(observed, exponential(minus_absolute(x)));
-          }
-        } else {
-          with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-            for (int j = 0; j < kVectors; ++j) {
-              Floats x = load(group.logits + j * kWidth);
-              if (needs.flipped) x = flip_sign(mask_from(group.hard, j), x);
-              // A negative at -inf costs nothing.
-              if (needs.masked) x = select(mask_from(group.observed, j), x, all(-kInfinity<float>));
-              linear[j] = add(linear[j], maximum(all(0), x));
-              e[j] = x;
-            }
-          });
-          exponentials_of_size(e);
-        }
-        for (int j = 0; j < kVectors; ++j) q[j] = multiply_add(q[j], e[j], add(q[j], e[j]));
-      });
-  // A lane has seen kTile / kGroup elements, so q < 2^(kTile / kGroup): two lanes fit together
-  // where that stays below what a float holds.
-  constexpr int kLogarithms = 2 * (kTile / kGroup) < 100 ? kVectors / 2 : kVectors;
-  Floats logarithm = all(0);
-  for (int j = 0; j < kLogarithms; ++j) {
-    Floats product = q[j];
-    if constexpr (kLogarithms < kVectors) {
-      const Floats other = q[j + kLogarithms];
-      product = multiply_add(product, other, add(product, other));
+// A lane sees at most kTile / kGroup elements of a tile, so its q < 2^(kTile / kGroup): two lanes
+// fit together where that stays below what a float holds.
+constexpr int kProducts = 2 * (kTile / kGroup) < 100 ? kVectors / 2 : kVectors;
+static_assert(kProducts * kWidth == LossSum::kProducts && kWidth <= LossSum::kLinear);
+
+MLLOSS_VECTOR void take_logarithms(LossSum* sum) {
+  for (int tile = 0; tile < sum->tiles; ++tile) {
+    Floats part = load(sum->linear[tile]);
+    for (int j = 0; j < kProducts; ++j) {
+      part = add(part, log1p_of(load(sum->products[tile] + j * kWidth)));
     }
-    logarithm = add(logarithm, log1p_of(product));
+    sum->total += sum_of(part);
   }
-  return sum_of(add(add(add(linear[0], linear[1]), add(linear[2], linear[3])), logarithm));
+  sum->tiles = 0;
 }
 
-// factor * sigmoid(x)
-MLLOSS_VECTOR Floats scaled_sigmoid(Floats x, Floats factor) {
-  const Floats e = exponential(minus_absolute(x));
-  return divide(select(is_negative(x), multiply(factor, e), factor), add(all(1), e));
+// See add_to_lanes in pointwise.h.
+struct SoftplusLanes {
+  Floats q[kVectors], linear[kVectors];
+
+  MLLOSS_VECTOR SoftplusLanes() {
+    MLLOSS_FOR_VECTORS (j) q[j] = linear[j] = all(0);
+  }
+
+  MLLOSS_VECTOR void multiply_by(const Floats (&e)[kVectors]) {
+    MLLOSS_FOR_VECTORS (j) q[j] = multiply_add(q[j], e[j], add(q[j], e[j]));
+  }
+
+  MLLOSS_VECTOR void add_to(LossSum* sum) const {
+    float* products = sum->products[sum->tiles];
+    for (int j = 0; j < kProducts; ++j) {
+      Floats product = q[j];
+      if constexpr (kProducts < kVectors) {
+        const Floats other = q[j + kProducts];
+        product = multiply_add(product, other, add(product, other));
+      }
+      store(product, products + j * kWidth);
+    }
+    store(add(add(linear[0], linear[1]), add(linear[2], linear[3])), sum->linear[sum->tiles]);
+    if (++sum->tiles == LossSum::kTiles) take_logarithms(sum);
+  }
+};
+
+template <class Stored>
+MLLOSS_VECTOR void soft_softplus_sum_of(const Tile<float>& tile, LossSum* sum) {
+  SoftplusLanes lanes;
+  for_groups<true, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+    if (group.observed == 0) return;
+    Floats x[kVectors], y[kVectors], e[kVectors];
+    load_group(group.logits, x);
+    load_beside<Stored>(group.soft, y);
+    MLLOSS_FOR_VECTORS (j) {
+      const Mask observed = mask_from(group.observed, j);
+      const Floats factor = subtract(select(is_negative(x[j]), all(0), all(1)), y[j]);
+      // Selected: an infinite logit on its right side costs 0.
+      const Floats part = select(is_zero(factor), all(0), multiply(factor, x[j]));
+      lanes.linear[j] = add(lanes.linear[j], keep(observed, part));
+      // NaN has to stay: beside it, the linear part may be 0.
+      e[j] = keep(observed, exponential(minus_absolute(x[j])));
+    }
+    lanes.multiply_by(e);
+  });
+  lanes.add_to(sum);
+}
+
+template <class Stored>
+MLLOSS_VECTOR void softplus_sum_of(const Tile<float>& tile, LossSum* sum) {
+  SoftplusLanes lanes;
+  for_groups<false, Stored, Exponentials>(
+      tile,
+      [&](const Group<Stored>& group, Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
+        if (group.observed == 0) return;  // common where few labels are observed
+        Floats x[kVectors];
+        load_group(group.logits, x);
+        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+          MLLOSS_FOR_VECTORS (j) {
+            if (needs.flipped) x[j] = flip_sign(mask_from(group.hard, j), x[j]);
+            // A negative at -inf costs nothing.
+            if (needs.masked) {
+              x[j] = select(mask_from(group.observed, j), x[j], all(-kInfinity<float>));
+            }
+          }
+        });
+        MLLOSS_FOR_VECTORS (j) {
+          lanes.linear[j] = add(lanes.linear[j], maximum(all(0), x[j]));
+        }
+        exponentials.start_of_size(x);
+      },
+      [&](const Group<Stored>& group, const Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
+        if (group.observed == 0) return;
+        Floats e[kVectors];
+        exponentials.finish(e);
+        lanes.multiply_by(e);
+      });
+  lanes.add_to(sum);
+}
+
+// Of what a group needs: flips the sign of positive gradients back, and 0 where masked.
+template <class Stored>
+MLLOSS_VECTOR void finish_gradients(const Group<Stored>& group, Floats (&values)[kVectors]) {
+  with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+    MLLOSS_FOR_VECTORS (j) {
+      if (needs.flipped) values[j] = flip_sign(mask_from(group.hard, j), values[j]);
+      if (needs.masked) values[j] = keep(mask_from(group.observed, j), values[j]);
+    }
+  });
 }
 
 // The gradient of softplus(z) without weights.
-template <bool kSoft, class Stored>
+template <class Stored>
+MLLOSS_VECTOR void soft_softplus_gradients_of(const Tile<float>& tile, float scale, bool stream,
+                                              void* gradients) {
+  auto* out = static_cast<Stored*>(gradients);
+  stream = stream && is_aligned(out);
+  scale = quiet_scale(scale);
+  for_groups<true, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+    // (1 - y) sigmoid(x) - y sigmoid(-x)
+    Floats x[kVectors], y[kVectors];
+    load_group(group.logits, x);
+    load_beside<Stored>(group.soft, y);
+    MLLOSS_FOR_VECTORS (j) {
+      const Floats e = exponential(minus_absolute(x[j]));
+      const Floats large = divide(all(1), add(all(1), e));
+      const Floats small = multiply(e, large);
+      const Floats p = select(is_negative(x[j]), small, large);
+      const Floats q = select(is_negative(x[j]), large, small);
+      const Floats value = subtract(multiply(subtract(all(1), y[j]), p), multiply(y[j], q));
+      x[j] = keep(mask_from(group.observed, j), multiply(all(scale), value));
+    }
+    store_group(x, group.begin, group.count, stream, out);
+  });
+}
+
+template <class Stored>
 MLLOSS_VECTOR void softplus_gradients_of(const Tile<float>& tile, float scale, bool stream,
                                          void* gradients) {
   auto* out = static_cast<Stored*>(gradients);
   stream = stream && is_aligned(out);
   scale = quiet_scale(scale);
-  for_groups<kSoft, true, Stored>(
-      tile, [&](const Group<Stored>& group, int begin, int count) MLLOSS_VECTOR_LAMBDA {
-        if constexpr (kSoft) {
-          const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
-            // (1 - y) sigmoid(x) - y sigmoid(-x)
-            const Floats x = load(group.logits + j * kWidth);
-            const Floats y = load(group.soft + j * kWidth);
-            const Floats e = exponential(minus_absolute(x));
-            const Floats large = divide(all(1), add(all(1), e));
-            const Floats small = multiply(e, large);
-            const Floats p = select(is_negative(x), small, large);
-            const Floats q = select(is_negative(x), large, small);
-            const Floats value = subtract(multiply(subtract(all(1), y), p), multiply(y, q));
-            return keep(mask_from(group.observed, j), multiply(all(scale), value));
-          };
-          store_group(gradient, begin, count, stream, out);
-        } else {
-          with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-            const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
-              Floats x = load(group.logits + j * kWidth);
-              // The sign of positives is flipped, and flipped back.
-              if (needs.flipped) x = flip_sign(mask_from(group.hard, j), x);
-              Floats value = scaled_sigmoid(x, all(scale));
-              if (needs.flipped) value = flip_sign(mask_from(group.hard, j), value);
-              if (needs.masked) value = keep(mask_from(group.observed, j), value);
-              return value;
-            };
-            store_group(gradient, begin, count, stream, out);
-          });
+  for_groups<false, Stored, Exponentials>(
+      tile,
+      [&](const Group<Stored>& group, Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
+        Floats x[kVectors];
+        load_group(group.logits, x);
+        // The sign of positives is flipped, and flipped back.
+        if (group.hard != 0) {
+          MLLOSS_FOR_VECTORS (j) x[j] = flip_sign(mask_from(group.hard, j), x[j]);
         }
+        exponentials.start_sigmoids(x);
+      },
+      [&](const Group<Stored>& group, const Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
+        Floats values[kVectors];
+        exponentials.finish_sigmoids(all(scale), values);
+        finish_gradients(group, values);
+        store_group(values, group.begin, group.count, stream, out);
       });
 }
 
-// A vector of the constants of a tile.
-struct FactorsOfVector {
-  Floats weight, positive;
+// The constants of a group.
+struct FactorsOfGroup {
+  Floats weight[kVectors], positive[kVectors];
   bool has_weight, has_positive;
 
   // kFlipped: there are positives.
   template <bool kFlipped>
-  MLLOSS_VECTOR Floats times(Mask hard, Floats value) const {
-    if (kFlipped && has_positive) value = select(hard, multiply(positive, value), value);
+  MLLOSS_VECTOR Floats times(int j, Mask hard, Floats value) const {
+    if (kFlipped && has_positive) value = select(hard, multiply(positive[j], value), value);
     // Selected: what has no weight may be infinite.
-    if (has_weight) value = select(is_zero(weight), all(0), multiply(weight, value));
+    if (has_weight) value = select(is_zero(weight[j]), all(0), multiply(weight[j], value));
     return value;
   }
 };
 
-MLLOSS_VECTOR FactorsOfVector factors_at(const Factors& factors, int i) {
-  const bool has_weight = factors.weight != nullptr, has_positive = factors.positive != nullptr;
-  return {has_weight ? load(factors.weight + i) : all(1),
-          has_positive ? load(factors.positive + i) : all(1), has_weight, has_positive};
+template <class Stored>
+MLLOSS_VECTOR FactorsOfGroup factors_of(const Factors& factors, const Group<Stored>& group) {
+  FactorsOfGroup own;
+  own.has_weight = factors.weight != nullptr;
+  own.has_positive = factors.positive != nullptr && group.hard != 0;
+  if (own.has_weight) load_beside<Stored>(factors.weight + group.begin, own.weight);
+  if (own.has_positive) load_beside<Stored>(factors.positive + group.begin, own.positive);
+  return own;
 }
 
 // The sum of softplus(z) times constants of the elements, for hard targets.
 template <class Stored>
-MLLOSS_VECTOR double weighted_softplus_sum_of(const Tile<float>& tile, const Factors& factors) {
+MLLOSS_VECTOR void weighted_softplus_sum_of(const Tile<float>& tile, const Factors& factors,
+                                            LossSum* loss_sum) {
   Floats sum[kVectors];
-  for (int j = 0; j < kVectors; ++j) sum[j] = all(0);
-  for_groups<false, true, Stored>(
-      tile, [&](const Group<Stored>& group, int begin, int) MLLOSS_VECTOR_LAMBDA {
-        if (group.observed == 0) return;
-        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-          Floats x[kVectors], e[kVectors];
-          for (int j = 0; j < kVectors; ++j) {
-            x[j] = load(group.logits + j * kWidth);
-            if (needs.flipped) x[j] = flip_sign(mask_from(group.hard, j), x[j]);
-            e[j] = x[j];
-          }
-          exponentials_of_size(e);
-          for (int j = 0; j < kVectors; ++j) {
-            Floats value = add(maximum(all(0), x[j]), log1p_below_one(e[j]));
-            const FactorsOfVector own = factors_at(factors, begin + j * kWidth);
-            value = own.template times<needs.flipped>(mask_from(group.hard, j), value);
-            if (needs.masked) value = keep(mask_from(group.observed, j), value);
-            sum[j] = add(sum[j], value);
-          }
-        });
-      });
-  return sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+  MLLOSS_FOR_VECTORS (j) sum[j] = all(0);
+  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+    if (group.observed == 0) return;
+    const FactorsOfGroup own = factors_of(factors, group);
+    with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+      Floats x[kVectors], e[kVectors];
+      load_group(group.logits, x);
+      if (needs.flipped) {
+        MLLOSS_FOR_VECTORS (j) x[j] = flip_sign(mask_from(group.hard, j), x[j]);
+      }
+      Exponentials exponentials;
+      exponentials.start_of_size(x);
+      exponentials.finish(e);
+      MLLOSS_FOR_VECTORS (j) {
+        Floats value = add(maximum(all(0), x[j]), log1p_below_one(e[j]));
+        value = own.template times<needs.flipped>(j, mask_from(group.hard, j), value);
+        if (needs.masked) value = keep(mask_from(group.observed, j), value);
+        sum[j] = add(sum[j], value);
+      }
+    });
+  });
+  loss_sum->total += sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
 }
 
 template <class Stored>
@@ -277,22 +439,26 @@ MLLOSS_VECTOR void weighted_softplus_gradients_of(const Tile<float>& tile, const
   auto* out = static_cast<Stored*>(gradients);
   stream = stream && is_aligned(out);
   scale = quiet_scale(scale);
-  for_groups<false, true, Stored>(
-      tile, [&](const Group<Stored>& group, int begin, int count) MLLOSS_VECTOR_LAMBDA {
-        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-          const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
-            const Mask hard = mask_from(group.hard, j);
-            Floats x = load(group.logits + j * kWidth);
-            if (needs.flipped) x = flip_sign(hard, x);
-            Floats value = scaled_sigmoid(x, all(scale));
-            if (needs.flipped) value = flip_sign(hard, value);
-            const FactorsOfVector own = factors_at(factors, begin + j * kWidth);
-            value = own.template times<needs.flipped>(hard, value);
-            return needs.masked ? keep(mask_from(group.observed, j), value) : value;
-          };
-          store_group(gradient, begin, count, stream, out);
-        });
-      });
+  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+    const FactorsOfGroup own = factors_of(factors, group);
+    with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+      Floats x[kVectors];
+      load_group(group.logits, x);
+      if (needs.flipped) {
+        MLLOSS_FOR_VECTORS (j) x[j] = flip_sign(mask_from(group.hard, j), x[j]);
+      }
+      Exponentials exponentials;
+      exponentials.start_sigmoids(x);
+      exponentials.finish_sigmoids(all(scale), x);
+      MLLOSS_FOR_VECTORS (j) {
+        const Mask hard = mask_from(group.hard, j);
+        if (needs.flipped) x[j] = flip_sign(hard, x[j]);
+        x[j] = own.template times<needs.flipped>(j, hard, x[j]);
+        if (needs.masked) x[j] = keep(mask_from(group.observed, j), x[j]);
+      }
+      store_group(x, group.begin, group.count, stream, out);
+    });
+  });
 }
 
 // ---- Focal and asymmetric loss ----
@@ -367,7 +533,7 @@ struct AsymmetricLoss {
   MLLOSS_VECTOR bool is_zero_for(const Floats (&x)[kVectors]) const {
     const Floats logit = all(loss.logit_high);
     bool any = false;  // NaN is no such negative
-    for (int j = 0; j < kVectors; ++j) any |= any_not_less(x[j], logit);
+    MLLOSS_FOR_VECTORS (j) any |= any_not_less(x[j], logit);
     return !any;
   }
 
@@ -424,27 +590,27 @@ struct AsymmetricLoss {
 
 // The sum of a loss over a tile, for hard targets.
 template <class Stored, class Loss>
-MLLOSS_VECTOR double sum_over_tile(const Tile<float>& tile, const float* weight, const Loss& loss) {
+MLLOSS_VECTOR void sum_over_tile(const Tile<float>& tile, const float* weight, const Loss& loss,
+                                 LossSum* loss_sum) {
   Floats sum[kVectors];
-  for (int j = 0; j < kVectors; ++j) sum[j] = all(0);
-  for_groups<false, true, Stored>(
-      tile, [&](const Group<Stored>& group, int begin, int) MLLOSS_VECTOR_LAMBDA {
-        if (group.observed == 0) return;
-        Floats x[kVectors];
-        for (int j = 0; j < kVectors; ++j) x[j] = load(group.logits + j * kWidth);
-        if (group.hard == 0 && weight == nullptr && loss.is_zero_for(x)) return;
-        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-          for (int j = 0; j < kVectors; ++j) {
-            const Mask hard = mask_from(group.hard, j);
-            Floats value = loss.template value<needs.flipped>(x[j], hard);
-            const FactorsOfVector own = factors_at({weight, nullptr}, begin + j * kWidth);
-            value = own.template times<false>(hard, value);
-            if (needs.masked) value = keep(mask_from(group.observed, j), value);
-            sum[j] = add(sum[j], value);
-          }
-        });
-      });
-  return sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+  MLLOSS_FOR_VECTORS (j) sum[j] = all(0);
+  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+    if (group.observed == 0) return;
+    Floats x[kVectors];
+    load_group(group.logits, x);
+    if (group.hard == 0 && weight == nullptr && loss.is_zero_for(x)) return;
+    const FactorsOfGroup own = factors_of({weight, nullptr}, group);
+    with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+      MLLOSS_FOR_VECTORS (j) {
+        const Mask hard = mask_from(group.hard, j);
+        Floats value = loss.template value<needs.flipped>(x[j], hard);
+        value = own.template times<false>(j, hard, value);
+        if (needs.masked) value = keep(mask_from(group.observed, j), value);
+        sum[j] = add(sum[j], value);
+      }
+    });
+  });
+  loss_sum->total += sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
 }
 
 template <class Stored, class Loss>
@@ -454,24 +620,23 @@ MLLOSS_VECTOR void gradients_over_tile(const Tile<float>& tile, const float* wei
   auto* out = static_cast<Stored*>(gradients);
   stream = stream && is_aligned(out);
   scale = quiet_scale(scale);
-  for_groups<false, true, Stored>(tile, [&](const Group<Stored>& group, int begin,
-                                            int count) MLLOSS_VECTOR_LAMBDA {
+  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
     Floats x[kVectors];
-    for (int j = 0; j < kVectors; ++j) x[j] = load(group.logits + j * kWidth);
+    load_group(group.logits, x);
     if (group.hard == 0 && weight == nullptr && scale == scale && loss.is_zero_for(x)) {
-      const auto nothing = [&](int) MLLOSS_VECTOR_LAMBDA { return all(0); };
-      store_group(nothing, begin, count, stream, out);
+      MLLOSS_FOR_VECTORS (j) x[j] = all(0);
+      store_group(x, group.begin, group.count, stream, out);
       return;
     }
+    const FactorsOfGroup own = factors_of({weight, nullptr}, group);
     with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-      const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
+      MLLOSS_FOR_VECTORS (j) {
         const Mask hard = mask_from(group.hard, j);
         Floats value = multiply(all(scale), loss.template derivative<needs.flipped>(x[j], hard));
-        const FactorsOfVector own = factors_at({weight, nullptr}, begin + j * kWidth);
-        value = own.template times<false>(hard, value);
-        return needs.masked ? keep(mask_from(group.observed, j), value) : value;
-      };
-      store_group(gradient, begin, count, stream, out);
+        value = own.template times<false>(j, hard, value);
+        x[j] = needs.masked ? keep(mask_from(group.observed, j), value) : value;
+      }
+      store_group(x, group.begin, group.count, stream, out);
     });
   });
 }
@@ -480,59 +645,87 @@ MLLOSS_VECTOR void gradients_over_tile(const Tile<float>& tile, const float* wei
 
 constexpr float kNothing = -kInfinity<float>;  // as a value: its exponential is 0
 
-// One side of a tile: its largest value, and its sum relative to what the sum before is relative
-// to.
+// One side of a tile: its largest values, and sums relative to what the sum before is relative to.
 struct SideLanes {
   Floats shift;
   Floats sum[kVectors], largest[kVectors];
 
   MLLOSS_VECTOR explicit SideLanes(const RunningSum& before) : shift(all(before.shift)) {
-    for (int j = 0; j < kVectors; ++j) {
+    MLLOSS_FOR_VECTORS (j) {
       sum[j] = all(0);
       largest[j] = all(kNothing);
     }
   }
 
-  MLLOSS_VECTOR float largest_value() const {
-    return maximum_of(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
+  MLLOSS_VECTOR Floats largest_values() const {
+    return maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3]));
   }
-  MLLOSS_VECTOR double total() const {
-    return sum_of(add(add(sum[0], sum[1]), add(sum[2], sum[3])));
+  MLLOSS_VECTOR bool is_near() const {
+    return !any_not_less(largest_values(), add(shift, all(RunningSum::kNear)));
+  }
+  MLLOSS_VECTOR void add_to(RunningSum* running) const {
+    store(maximum(load(running->largest), largest_values()), running->largest);
+    add_doubles(add(add(sum[0], sum[1]), add(sum[2], sum[3])), running->sum);
   }
 };
 
-// kSums: adds up exponentials; otherwise only looks for the largest values.
-template <bool kSums, class Stored>
+// The largest values of a group on each side: what is left out counts as nothing.
+template <class Stored>
+MLLOSS_VECTOR void values_of(const Group<Stored>& group, Floats (&value)[kVectors],
+                             SideLanes& negative, SideLanes& positive) {
+  load_group(group.logits, value);
+  with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+    MLLOSS_FOR_VECTORS (j) {
+      const Mask hard = mask_from(group.hard, j);
+      if (needs.flipped) value[j] = flip_sign(hard, value[j]);
+      if (needs.masked) {
+        value[j] = select(mask_from(group.observed, j), value[j], all(kNothing));
+      }
+      if (needs.flipped) {
+        const Floats own = select(hard, value[j], all(kNothing));
+        positive.largest[j] = maximum(own, positive.largest[j]);
+      }
+      const Floats rest = needs.flipped ? select(hard, all(kNothing), value[j]) : value[j];
+      negative.largest[j] = maximum(rest, negative.largest[j]);
+    }
+  });
+}
+
+template <class Stored>
+MLLOSS_VECTOR void find_largest(const Tile<float>& tile, SideLanes& negative, SideLanes& positive) {
+  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+    Floats value[kVectors];
+    if (group.observed != 0) values_of(group, value, negative, positive);
+  });
+}
+
+template <class Stored>
 MLLOSS_VECTOR void add_sides(const Tile<float>& tile, SideLanes& negative, SideLanes& positive) {
-  for_groups<false, kSums, Stored>(
-      tile, [&](const Group<Stored>& group, int, int) MLLOSS_VECTOR_LAMBDA {
+  for_groups<false, Stored, Exponentials>(
+      tile,
+      [&](const Group<Stored>& group, Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
         if (group.observed == 0) return;
-        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-          for (int j = 0; j < kVectors; ++j) {
-            Floats value = load(group.logits + j * kWidth);
+        Floats value[kVectors];
+        values_of(group, value, negative, positive);
+        MLLOSS_FOR_VECTORS (j) {
+          Floats shift = negative.shift;
+          if (group.hard != 0) shift = select(mask_from(group.hard, j), positive.shift, shift);
+          value[j] = subtract(value[j], shift);
+        }
+        exponentials.start(value);
+      },
+      [&](const Group<Stored>& group, const Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
+        if (group.observed == 0) return;
+        Floats e[kVectors];
+        exponentials.finish(e);
+        if (group.hard != 0) {
+          MLLOSS_FOR_VECTORS (j) {
             const Mask hard = mask_from(group.hard, j);
-            if (needs.flipped) value = flip_sign(hard, value);
-            if (needs.masked) value = select(mask_from(group.observed, j), value, all(kNothing));
-            if (!needs.flipped) {
-              negative.largest[j] = maximum(value, negative.largest[j]);
-              if (kSums) {
-                const Floats e = exponential(subtract(value, negative.shift));
-                negative.sum[j] = add(negative.sum[j], e);
-              }
-            } else {
-              const Floats rest = select(hard, all(kNothing), value);
-              const Floats own = select(hard, value, all(kNothing));
-              negative.largest[j] = maximum(rest, negative.largest[j]);
-              positive.largest[j] = maximum(own, positive.largest[j]);
-              if (kSums) {
-                const Floats shift = select(hard, positive.shift, negative.shift);
-                const Floats e = exponential(subtract(value, shift));
-                negative.sum[j] = add(negative.sum[j], select(hard, all(0), e));
-                positive.sum[j] = add(positive.sum[j], keep(hard, e));
-              }
-            }
+            positive.sum[j] = add(positive.sum[j], keep(hard, e[j]));
+            e[j] = select(hard, all(0), e[j]);
           }
-        });
+        }
+        MLLOSS_FOR_VECTORS (j) negative.sum[j] = add(negative.sum[j], e[j]);
       });
 }
 
@@ -540,26 +733,22 @@ MLLOSS_VECTOR void add_sides(const Tile<float>& tile, SideLanes& negative, SideL
 template <class Stored>
 MLLOSS_VECTOR bool add_near(const Tile<float>& tile, RunningSums* sums) {
   SideLanes negative(sums->negative), positive(sums->positive);
-  add_sides<true, Stored>(tile, negative, positive);
-  const float largest_negative = negative.largest_value();
-  const float largest_positive = positive.largest_value();
-  if (!sums->negative.is_near(largest_negative) || !sums->positive.is_near(largest_positive)) {
-    return false;
-  }
-  sums->negative.add(largest_negative, negative.total());
-  sums->positive.add(largest_positive, positive.total());
+  add_sides<Stored>(tile, negative, positive);
+  if (!negative.is_near() || !positive.is_near()) return false;
+  negative.add_to(&sums->negative);
+  if (tile.labels.kind == TargetKind::kHard) positive.add_to(&sums->positive);
   return true;
 }
 
 // See sums_of_tile in rowwise.h. But for the first tile of a row, this takes one pass.
 template <class Stored>
 MLLOSS_VECTOR bool exponential_sums_of(const Tile<float>& tile, RunningSums* sums) {
-  if (!sums->negative.is_empty() && add_near<Stored>(tile, sums)) return true;
+  if (sums->negative.has_shift() && add_near<Stored>(tile, sums)) return true;
   // The largest values first; the tile stays in the L1 cache.
   SideLanes negative(sums->negative), positive(sums->positive);
-  add_sides<false, Stored>(tile, negative, positive);
-  const float largest_negative = negative.largest_value();
-  const float largest_positive = positive.largest_value();
+  find_largest<Stored>(tile, negative, positive);
+  const float largest_negative = maximum_of(negative.largest_values());
+  const float largest_positive = maximum_of(positive.largest_values());
   if (largest_negative == kInfinity<float> || largest_positive == kInfinity<float>) return false;
   sums->negative.raise(largest_negative);
   sums->positive.raise(largest_positive);
@@ -573,26 +762,38 @@ MLLOSS_VECTOR void exponential_gradients_of(const Tile<float>& tile,
                                             bool stream, void* gradients) {
   auto* out = static_cast<Stored*>(gradients);
   stream = stream && is_aligned(out);
-  const float positive_factor = quiet_scale(-scale * statistics.positive_factor);
-  const float negative_factor = quiet_scale(scale * statistics.negative_factor);
-  const Floats shift = all(statistics.negative_shift);
-  for_groups<false, true, Stored>(
-      tile, [&](const Group<Stored>& group, int begin, int count) MLLOSS_VECTOR_LAMBDA {
+  const Floats positive_factor = all(quiet_scale(-scale * statistics.positive_factor));
+  const Floats negative_factor = all(quiet_scale(scale * statistics.negative_factor));
+  const Floats positive_shift = all(statistics.positive_shift);
+  const Floats negative_shift = all(statistics.negative_shift);
+  for_groups<false, Stored, Exponentials>(
+      tile,
+      [&](const Group<Stored>& group, Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
+        Floats x[kVectors];
+        load_group(group.logits, x);
+        MLLOSS_FOR_VECTORS (j) {
+          Floats shift = negative_shift;
+          if (group.hard != 0) {
+            const Mask hard = mask_from(group.hard, j);
+            x[j] = flip_sign(hard, x[j]);
+            shift = select(hard, positive_shift, shift);
+          }
+          x[j] = subtract(x[j], shift);
+        }
+        exponentials.start(x);
+      },
+      [&](const Group<Stored>& group, const Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
+        Floats values[kVectors];
+        exponentials.finish(values);
         with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-          const auto gradient = [&](int j) MLLOSS_VECTOR_LAMBDA {
-            Floats x = load(group.logits + j * kWidth), own = shift;
-            Floats factor = all(negative_factor);
-            if (needs.flipped) {
-              const Mask hard = mask_from(group.hard, j);
-              x = flip_sign(hard, x);
-              own = select(hard, all(statistics.positive_shift), own);
-              factor = select(hard, all(positive_factor), factor);
-            }
-            const Floats value = multiply(factor, exponential(subtract(x, own)));
-            return needs.masked ? keep(mask_from(group.observed, j), value) : value;
-          };
-          store_group(gradient, begin, count, stream, out);
+          MLLOSS_FOR_VECTORS (j) {
+            Floats factor = negative_factor;
+            if (needs.flipped) factor = select(mask_from(group.hard, j), positive_factor, factor);
+            values[j] = multiply(factor, values[j]);
+            if (needs.masked) values[j] = keep(mask_from(group.observed, j), values[j]);
+          }
         });
+        store_group(values, group.begin, group.count, stream, out);
       });
 }
 
@@ -611,14 +812,17 @@ MLLOSS_VECTOR void dispatch(const Tile<float>& tile, const Run& run) {
   }
 }
 
-__attribute__((MLLOSS_TARGET)) double softplus_sum(const Tile<float>& tile) {
-  double sum = 0;
+__attribute__((MLLOSS_TARGET)) void softplus_sum(const Tile<float>& tile, LossSum* sum) {
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     using Stored = decltype(stored);
-    sum = tile.labels.kind == TargetKind::kSoft ? softplus_sum_of<true, Stored>(tile)
-                                                : softplus_sum_of<false, Stored>(tile);
+    tile.labels.kind == TargetKind::kSoft ? soft_softplus_sum_of<Stored>(tile, sum)
+                                          : softplus_sum_of<Stored>(tile, sum);
   });
-  return sum;
+}
+
+__attribute__((MLLOSS_TARGET)) double total(LossSum* sum) {
+  take_logarithms(sum);
+  return sum->total;
 }
 
 __attribute__((MLLOSS_TARGET)) void softplus_gradients(const Tile<float>& tile, float scale,
@@ -626,20 +830,18 @@ __attribute__((MLLOSS_TARGET)) void softplus_gradients(const Tile<float>& tile, 
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     using Stored = decltype(stored);
     if (tile.labels.kind == TargetKind::kSoft) {
-      softplus_gradients_of<true, Stored>(tile, scale, stream, gradients);
+      soft_softplus_gradients_of<Stored>(tile, scale, stream, gradients);
     } else {
-      softplus_gradients_of<false, Stored>(tile, scale, stream, gradients);
+      softplus_gradients_of<Stored>(tile, scale, stream, gradients);
     }
   });
 }
 
-__attribute__((MLLOSS_TARGET)) double weighted_softplus_sum(const Tile<float>& tile,
-                                                            const Factors& factors) {
-  double sum = 0;
+__attribute__((MLLOSS_TARGET)) void weighted_softplus_sum(const Tile<float>& tile,
+                                                          const Factors& factors, LossSum* sum) {
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
-    sum = weighted_softplus_sum_of<decltype(stored)>(tile, factors);
+    weighted_softplus_sum_of<decltype(stored)>(tile, factors, sum);
   });
-  return sum;
 }
 
 __attribute__((MLLOSS_TARGET)) void weighted_softplus_gradients(const Tile<float>& tile,
@@ -651,22 +853,20 @@ __attribute__((MLLOSS_TARGET)) void weighted_softplus_gradients(const Tile<float
 }
 
 // sum and gradients of a loss, by the name of its functions.
-#define MLLOSS_VECTOR_LOSS(name, Loss, Constants)                                                \
-  __attribute__((MLLOSS_TARGET)) double name##_sum(const Tile<float>& tile, const float* weight, \
-                                                   const Constants& constants) {                 \
-    double sum = 0;                                                                              \
-    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                       \
-      sum = sum_over_tile<decltype(stored)>(tile, weight, Loss{constants});                      \
-    });                                                                                          \
-    return sum;                                                                                  \
-  }                                                                                              \
-  __attribute__((MLLOSS_TARGET)) void name##_gradients(                                          \
-      const Tile<float>& tile, const float* weight, const Constants& constants, float scale,     \
-      bool stream, void* gradients) {                                                            \
-    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                       \
-      gradients_over_tile<decltype(stored)>(tile, weight, Loss{constants}, scale, stream,        \
-                                            gradients);                                          \
-    });                                                                                          \
+#define MLLOSS_VECTOR_LOSS(name, Loss, Constants)                                              \
+  __attribute__((MLLOSS_TARGET)) void name##_sum(const Tile<float>& tile, const float* weight, \
+                                                 const Constants& constants, LossSum* sum) {   \
+    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                     \
+      sum_over_tile<decltype(stored)>(tile, weight, Loss{constants}, sum);                     \
+    });                                                                                        \
+  }                                                                                            \
+  __attribute__((MLLOSS_TARGET)) void name##_gradients(                                        \
+      const Tile<float>& tile, const float* weight, const Constants& constants, float scale,   \
+      bool stream, void* gradients) {                                                          \
+    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                     \
+      gradients_over_tile<decltype(stored)>(tile, weight, Loss{constants}, scale, stream,      \
+                                            gradients);                                        \
+    });                                                                                        \
   }
 MLLOSS_VECTOR_LOSS(focal, FocalLoss, FocalConstants)
 MLLOSS_VECTOR_LOSS(asymmetric, AsymmetricLoss, AsymmetricConstants)
@@ -694,10 +894,10 @@ __attribute__((MLLOSS_TARGET)) bool exponential_gradients(const Tile<float>& til
 
 __attribute__((MLLOSS_TARGET)) int64_t count_observed(const Tile<float>& tile) {
   const LabelTile<float>& labels = tile.labels;
-  int64_t total = 0;
-  for (int i = 0; i < tile.count; i += kGroup) {
-    const int count = tile.count - i < kGroup ? tile.count - i : kGroup;
-    total += __builtin_popcountll(label_bits(labels.observed, labels.observed_bits, i, count));
+  const TileBits observed(labels.observed, labels.observed_bits, 0, tile.count, 0);
+  int64_t total = __builtin_popcountll(bits_at(observed.last(), 0));
+  for (int g = 0; g < tile.count / kGroup; ++g) {
+    total += __builtin_popcountll(bits_at(observed.whole(), g));
   }
   return total;
 }
@@ -705,9 +905,17 @@ __attribute__((MLLOSS_TARGET)) int64_t count_observed(const Tile<float>& tile) {
 __attribute__((MLLOSS_TARGET)) void fence() { _mm_sfence(); }
 
 constexpr VectorKernels kKernels = {
-    softplus_sum,     softplus_gradients,    weighted_softplus_sum, weighted_softplus_gradients,
-    focal_sum,        focal_gradients,       asymmetric_sum,        asymmetric_gradients,
-    exponential_sums, exponential_gradients, count_observed,        fence,
+    total,
+    softplus_sum,
+    softplus_gradients,
+    weighted_softplus_sum,
+    weighted_softplus_gradients,
+    focal_sum,
+    focal_gradients,
+    asymmetric_sum,
+    asymmetric_gradients,
+    exponential_sums,
+    exponential_gradients,
+    count_observed,
+    fence,
 };
-
-#undef MLLOSS_VECTOR_LAMBDA

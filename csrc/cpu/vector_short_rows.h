@@ -1,7 +1,6 @@
 // The loops of ShortRowKernels over the vectors of one instruction set; included by
 // vector_kernels.cpp once for each, behind vector_loops.h. Rows are read and written in whole
 // vectors: what lies beyond a row is masked, and what is written there is overwritten by the next.
-#define MLLOSS_VECTOR_LAMBDA __attribute__((always_inline, MLLOSS_TARGET))
 
 // Labels of the `inside` first of a group of elements, as bits.
 MLLOSS_VECTOR uint64_t bits_within(const uint8_t* bytes, int place, int total, uint64_t inside) {
@@ -185,8 +184,9 @@ MLLOSS_VECTOR void store_all(const float* values, int count, bool stream, void* 
   stream = stream && is_aligned(out);
   for (int i = 0; i < count; i += kGroup) {
     // The last group may read beyond `count`, into the padding.
-    const auto vector = [&](int j) MLLOSS_VECTOR_LAMBDA { return load(values + i + j * kWidth); };
-    store_group(vector, i, count - i < kGroup ? count - i : kGroup, stream, out);
+    Floats group[kVectors];
+    load_beside<Stored>(values + i, group);
+    store_group(group, i, count - i < kGroup ? count - i : kGroup, stream, out);
   }
 }
 
@@ -202,5 +202,3 @@ __attribute__((MLLOSS_TARGET)) void store_as(const float* values, int count, Ele
 }
 
 constexpr ShortRowKernels kShortRowKernels = {short_row_sums, short_row_gradients, store_as};
-
-#undef MLLOSS_VECTOR_LAMBDA
