@@ -68,10 +68,12 @@ class EntryReader {
     size_ = static_cast<int64_t>(columns_.size());
   }
 
-  // The next entries of the row, at most kTile; none when all have been seen. Targets are soft.
-  Tile<Real> tile() {
-    Tile<Real> tile;
+  // Reads the next entries of the row, at most kTile; false when all have been seen. Targets are
+  // soft.
+  bool read(Tile<Real>& tile) {
+    tile = Tile<Real>();
     tile.count = static_cast<int>(std::min<int64_t>(kTile, size_ - next_));
+    if (tile.count == 0) return false;
     columns_of_tile_ = all_columns_ + next_;
     for (int i = 0; i < tile.count; ++i) {
       const double value = all_values_ == nullptr ? 1.0 : all_values_[next_ + i];
@@ -83,7 +85,7 @@ class EntryReader {
     tile.logits = logits_;
     tile.labels.kind = TargetKind::kSoft;
     tile.labels.soft = soft_;
-    return tile;
+    return true;
   }
 
   // Columns of the last tile.

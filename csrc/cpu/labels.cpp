@@ -417,8 +417,8 @@ bool LabelReader<Real>::start_rows(int64_t row, int rows) {
 }
 
 template <class Real>
-LabelTile<Real> LabelReader<Real>::tile(int64_t begin, int count) {
-  LabelTile<Real> tile;
+void LabelReader<Real>::read(int64_t begin, int count, LabelTile<Real>& tile) {
+  tile = LabelTile<Real>();
   if (row_is_valid_) {
     read_target(begin, count, tile);
   } else {
@@ -428,7 +428,6 @@ LabelTile<Real> LabelReader<Real>::tile(int64_t begin, int count) {
     tile.soft = soft_;
   }
   if (mask_is_valid_) read_mask(begin, count, tile);
-  return tile;
 }
 
 template <class Real>

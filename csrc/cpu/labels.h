@@ -144,8 +144,8 @@ class LabelReader {
   // bytes. Returns false if the labels of a row cannot be told: then they go row by row.
   bool start_rows(int64_t row, int rows);
 
-  // The next `count` <= kTile columns, from left to right.
-  LabelTile<Real> tile(int64_t begin, int count);
+  // Reads the next `count` <= kTile columns, from left to right.
+  void read(int64_t begin, int count, LabelTile<Real>& tile);
 
   // Bits of a tile become bytes.
   void expand(LabelTile<Real>& tile, int count);

@@ -448,15 +448,14 @@ class PointwiseConstants {
     }
   }
 
-  // The constants of the columns that `load` reads: (array, buffer).
+  // Completes a tile by the constants of the columns that `load` reads: (array, buffer).
   template <class Load>
-  PointwiseTile<Real> attach(const Tile<Real>& source, const Load& load) {
-    PointwiseTile<Real> tile{source};
+  void attach_by(const Load& load, PointwiseTile<Real>& tile) {
     smooth(tile.labels, tile.count);
     tile.has_parameters = has_parameters_;
-    if (problem_.weight.data != nullptr) {
-      tile.weight = has_weight_ ? weight_ : checked(problem_.weight, tile.count, weight_, load);
-    }
+    tile.weight = problem_.weight.data == nullptr ? nullptr
+                  : has_weight_ ? weight_
+                                : checked(problem_.weight, tile.count, weight_, load);
     for (int k = 0; k < kMaxParameters; ++k) {
       const Strided& parameter = problem_.parameters[k];
       tile.parameters[k] = parameter.data == nullptr ? ones_
@@ -464,20 +463,21 @@ class PointwiseConstants {
                                ? parameters_[k]
                                : checked(parameter, tile.count, parameters_[k], load);
     }
-    return tile;
   }
 
-  PointwiseTile<Real> attach(const Tile<Real>& tile, int64_t row, int64_t begin) {
-    return attach(tile, [&](const Strided& array, Real* out) {
+  void attach(int64_t row, int64_t begin, PointwiseTile<Real>& tile) {
+    const auto load_own = [&](const Strided& array, Real* out) {
       load_columns(array, row, begin, tile.count, out);
-    });
+    };
+    attach_by(load_own, tile);
   }
 
-  PointwiseTile<Real> attach(const Tile<Real>& tile, int64_t row, const int64_t* columns) {
-    return attach(tile, [&](const Strided& array, Real* out) {
+  void attach(int64_t row, const int64_t* columns, PointwiseTile<Real>& tile) {
+    const auto gather_own = [&](const Strided& array, Real* out) {
       gather(array.data, array.element, row * array.row_stride, array.column_stride, columns,
              tile.count, out);
-    });
+    };
+    attach_by(gather_own, tile);
   }
 
   // Of one row, or all columns of several rows.
@@ -580,12 +580,14 @@ inline void finish_sum(const Problem& problem, PartialSum sum, const ForwardOutp
 }
 
 // Calls body(tile, begin) for the tiles of a piece's rows, from left to right.
-template <class Real, class Body>
+template <class TileType, class Real, class Body>
 void for_tiles(const Piece& piece, int64_t row, TileReader<Real>& reader, const Body& body) {
+  TileType tile;
   reader.start_row(row, piece.column_begin, piece.column_end);
   for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
     const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
-    body(reader.tile(begin, count), begin);
+    reader.read(begin, count, tile);
+    body(tile, begin);
   }
 }
 
@@ -609,12 +611,15 @@ void for_all_tiles(const PointwiseProblem& problem, const Piece& piece, TileRead
     const int64_t end = std::min(row + step, piece.row_end);
     const int rows = static_cast<int>(end - row);
     if (step > 1 && reader.start_rows(row, rows)) {
-      body(reader.tile(0, rows * static_cast<int>(problem.columns)), row, int64_t(0));
+      PointwiseTile<Real> tile;
+      reader.read(0, rows * static_cast<int>(problem.columns), tile);
+      body(tile, row, int64_t(0));
       continue;
     }
     for (int64_t own = row; own < end; ++own) {
-      for_tiles(piece, own, reader,
-                [&](const Tile<Real>& tile, int64_t begin) { body(tile, own, begin); });
+      for_tiles<PointwiseTile<Real>>(
+          piece, own, reader,
+          [&](PointwiseTile<Real>& tile, int64_t begin) { body(tile, own, begin); });
     }
   }
 }
@@ -641,10 +646,10 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
       const Piece piece = pieces[index];
       PartialSum sum;
       LossSum vector_sum;
-      const auto add = [&](const Tile<Real>& labelled, int64_t row, int64_t begin) {
+      const auto add = [&](PointwiseTile<Real>& tile, int64_t row, int64_t begin) {
         Real* out = losses == nullptr ? nullptr : losses + row * problem.columns + begin;
-        if (labelled.labels.empty && out == nullptr) return;
-        PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+        if (tile.labels.empty && out == nullptr) return;
+        constants.attach(row, begin, tile);
         bool done = false;
         if constexpr (std::is_same_v<Real, float>) {
           if (vector != nullptr) {
@@ -673,6 +678,7 @@ PartialSum forward_over_entries(const PointwiseProblem& problem, typename Loss::
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     EntryReader<Real> reader(problem);
+    PointwiseTile<Real> tile;
     PointwiseConstants<Real> constants(problem);
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
@@ -682,8 +688,8 @@ PartialSum forward_over_entries(const PointwiseProblem& problem, typename Loss::
         reader.start_row(row);
         Real* out = losses == nullptr ? nullptr : losses + row * problem.columns;
         if (out != nullptr) std::fill_n(out, problem.columns, Real(0));
-        for (Tile<Real> entries = reader.tile(); entries.count > 0; entries = reader.tile()) {
-          const PointwiseTile<Real> tile = constants.attach(entries, row, reader.columns());
+        while (reader.read(tile)) {
+          constants.attach(row, reader.columns(), tile);
           sum.total += forward(loss, tile, out == nullptr ? nullptr : buffer);
           if (counts(problem.reduction)) sum.denominator += counted(tile, problem.reduction);
           if (out != nullptr) {
@@ -720,6 +726,7 @@ double count_beforehand(PointwiseProblem problem) {
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     TileReader<Real> reader(problem, false, carrier, true);  // which leaves the logits alone
     EntryReader<Real> entries(problem);
+    PointwiseTile<Real> tile;
     PointwiseConstants<Real> constants(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
@@ -728,15 +735,18 @@ double count_beforehand(PointwiseProblem problem) {
       };
       if (!by_entries) {
         for_all_tiles(problem, piece, reader,
-                      [&](const Tile<Real>& tile, int64_t row, int64_t begin) {
-                        if (!tile.labels.empty) add(constants.attach(tile, row, begin));
+                      [&](PointwiseTile<Real>& tile, int64_t row, int64_t begin) {
+                        if (tile.labels.empty) return;
+                        constants.attach(row, begin, tile);
+                        add(tile);
                       });
         continue;
       }
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
         entries.start_row(row);
-        for (Tile<Real> tile = entries.tile(); tile.count > 0; tile = entries.tile()) {
-          add(constants.attach(tile, row, entries.columns()));
+        while (entries.read(tile)) {
+          constants.attach(row, entries.columns(), tile);
+          add(tile);
         }
       }
     }
@@ -763,13 +773,13 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
       const Piece piece = pieces[index];
       PartialSum sum;
       LossSum vector_sum;
-      const auto add = [&](const Tile<Real>& labelled, int64_t row, int64_t begin) {
+      const auto add = [&](PointwiseTile<Real>& tile, int64_t row, int64_t begin) {
         const int64_t offset = row * problem.row_stride + begin;
-        const int count = labelled.count;
-        if (labelled.labels.empty) return zero_run(output, problem.element, offset, count);
+        const int count = tile.count;
+        if (tile.labels.empty) return zero_run(output, problem.element, offset, count);
         Real* gradients =
             problem.element == kElementOf<Real> ? static_cast<Real*>(output) + offset : buffer;
-        PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+        constants.attach(row, begin, tile);
         if constexpr (std::is_same_v<Real, float>) {
           if (vector != nullptr) {
             void* out = element_at(output, problem.element, offset);
@@ -832,6 +842,7 @@ PartialSum one_pass_over_entries(const PointwiseProblem& problem, typename Loss:
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     EntryReader<Real> reader(problem);
+    PointwiseTile<Real> tile;
     PointwiseConstants<Real> constants(problem);
     RowOfEntries<Real> gradients;
     for (int64_t index = first; index < last; ++index) {
@@ -840,8 +851,8 @@ PartialSum one_pass_over_entries(const PointwiseProblem& problem, typename Loss:
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
         reader.start_row(row);
         gradients.clear();
-        for (Tile<Real> entries = reader.tile(); entries.count > 0; entries = reader.tile()) {
-          const PointwiseTile<Real> tile = constants.attach(entries, row, reader.columns());
+        while (reader.read(tile)) {
+          constants.attach(row, reader.columns(), tile);
           sum.total += forward(loss, tile, static_cast<Real*>(nullptr));
           backward(loss, tile, scale, gradients.add(reader.columns(), tile.count));
         }
@@ -948,12 +959,12 @@ void backward_over_tiles(const PointwiseProblem& problem,
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
-      const auto write = [&](const Tile<Real>& labelled, int64_t row, int64_t begin) {
+      const auto write = [&](PointwiseTile<Real>& tile, int64_t row, int64_t begin) {
         const int64_t offset = row * problem.columns + begin;
         Real* gradients =
             problem.element == kElementOf<Real> ? static_cast<Real*>(grad_input) + offset : buffer;
-        const int count = labelled.count;
-        PointwiseTile<Real> tile = constants.attach(labelled, row, begin);
+        const int count = tile.count;
+        constants.attach(row, begin, tile);
         if constexpr (std::is_same_v<Real, float>) {
           if (vector != nullptr) {
             void* out = element_at(grad_input, problem.element, offset);
@@ -986,6 +997,7 @@ void backward_over_entries(const PointwiseProblem& problem,
   const Pieces pieces = pieces_of_entries(problem, true);
   for_pieces(pieces, [&](int64_t first, int64_t last) {
     EntryReader<Real> reader(problem);
+    PointwiseTile<Real> tile;
     PointwiseConstants<Real> constants(problem);
     alignas(64) Real gradients[kTile];
     for (int64_t index = first; index < last; ++index) {
@@ -993,9 +1005,9 @@ void backward_over_entries(const PointwiseProblem& problem,
       for (int64_t row = piece.row_begin; row < piece.row_end; ++row) {
         reader.start_row(row);
         zero_row(problem, row, grad_input);
-        for (Tile<Real> entries = reader.tile(); entries.count > 0; entries = reader.tile()) {
+        while (reader.read(tile)) {
           const int64_t* columns = reader.columns();
-          const PointwiseTile<Real> tile = constants.attach(entries, row, columns);
+          constants.attach(row, columns, tile);
           backward(loss, tile, upstream.scale(), gradients);
           const auto load_own = [&](const Strided& array, Real* out) {
             gather(array.data, array.element, row * array.row_stride, array.column_stride, columns,

@@ -220,13 +220,12 @@ template <class Real, class Body>
 void for_row_tiles(const Problem& problem, const Piece& piece, int64_t row, TileReader<Real>& tiles,
                    EntryReader<Real>& entries, const Body& body) {
   if (!goes_by_entries(problem)) {
-    for_tiles(piece, row, tiles, body);
+    for_tiles<Tile<Real>>(piece, row, tiles, body);
     return;
   }
   entries.start_row(row);
-  for (Tile<Real> tile = entries.tile(); tile.count > 0; tile = entries.tile()) {
-    body(tile, int64_t(0));
-  }
+  Tile<Real> tile;
+  while (entries.read(tile)) body(tile, int64_t(0));
 }
 
 // The vectorised loops, or nullptr.
@@ -262,7 +261,7 @@ RowSums<double> sums_of_piece(const Problem& problem, const Piece& piece, int64_
   RowSums<double> others = RowSums<double>::empty();
   bool has_others = false;
   const VectorKernels* vector = reader.vector;
-  for_row_tiles(problem, piece, row, reader.tiles, reader.entries, [&](Tile<Real> tile, int64_t) {
+  for_row_tiles(problem, piece, row, reader.tiles, reader.entries, [&](Tile<Real>& tile, int64_t) {
     if (tile.labels.empty) return;
     if constexpr (std::is_same_v<Real, float>) {
       const bool is_soft = tile.labels.kind == TargetKind::kSoft;
@@ -303,7 +302,7 @@ void write_gradients(const RowwiseProblem& problem, const Piece& piece, int64_t 
   }
   reader.row_of_entries.clear();
   const VectorKernels* vector = reader.vector;
-  const auto write = [&](Tile<Real> tile, int64_t begin) {
+  const auto write = [&](Tile<Real>& tile, int64_t begin) {
     const int64_t offset = row * target.row_stride + begin;
     const bool is_zero = tile.labels.empty || scale == 0;
     if (vector != nullptr && !is_zero) {

@@ -182,7 +182,8 @@ class ShortRows<Loss, float> {
   bool read(int64_t row, int rows) {
     if (!labels_.start_rows(row, rows)) return false;
     const int columns = static_cast<int>(problem_.columns), count = rows * columns;
-    const LabelTile<float> labels = labels_.tile(0, count);
+    LabelTile<float> labels;
+    labels_.read(0, count, labels);
     if (labels.kind == TargetKind::kSoft) return false;
     tile_ = {logits_of(row, rows), labels.kind == TargetKind::kHard ? labels.hard : nullptr,
              labels.observed, rows, columns};

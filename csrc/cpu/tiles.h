@@ -48,17 +48,17 @@ class TileReader {
     return labels_.start_rows(row, rows);
   }
 
-  // The next `count` <= kTile columns, from left to right.
-  Tile<Real> tile(int64_t begin, int count) {
+  // Reads the next `count` <= kTile columns, from left to right. Into a tile of the caller, since
+  // copying what was just written in smaller parts makes the CPU wait.
+  void read(int64_t begin, int count, Tile<Real>& tile) {
     prefetch(begin + count, std::min<int64_t>(kTile, end_ - begin - count));
     const int64_t offset = row_ * problem_.row_stride + begin;
-    Tile<Real> tile;
     tile.count = count;
+    tile.logits = nullptr;
     tile.element = problem_.element;
     tile.stored = static_cast<const char*>(problem_.logits) + offset * element_size(tile.element);
-    tile.labels = labels_.tile(begin, count);
+    labels_.read(begin, count, tile.labels);
     if (!as_stored_) decode_logits(tile);
-    return tile;
   }
 
   // For loops that take logits as numbers and labels as bytes.
