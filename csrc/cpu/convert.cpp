@@ -285,23 +285,4 @@ void zero_run(void* data, Element element, int64_t offset, int64_t count) {
   std::memset(static_cast<char*>(data) + offset * size, 0, static_cast<size_t>(count * size));
 }
 
-int64_t element_size(Element element) {
-  switch (element) {
-    case Element::kBool:
-    case Element::kUint8:
-    case Element::kInt8:
-      return 1;
-    case Element::kHalf:
-    case Element::kBFloat16:
-      return 2;
-    case Element::kInt32:
-    case Element::kFloat:
-      return 4;
-    case Element::kInt64:
-    case Element::kDouble:
-      return 8;
-  }
-  return 0;
-}
-
 }  // namespace mlloss::cpu

@@ -44,7 +44,24 @@ void zero_row(const Problem& problem, int64_t row, void* grad_input);
 // data[offset + i] = 0, i < count; for the dtypes of logits.
 void zero_run(void* data, Element element, int64_t offset, int64_t count);
 
-int64_t element_size(Element element);
+inline int64_t element_size(Element element) {
+  switch (element) {
+    case Element::kBool:
+    case Element::kUint8:
+    case Element::kInt8:
+      return 1;
+    case Element::kHalf:
+    case Element::kBFloat16:
+      return 2;
+    case Element::kInt32:
+    case Element::kFloat:
+      return 4;
+    case Element::kInt64:
+    case Element::kDouble:
+      return 8;
+  }
+  return 0;
+}
 
 // &data[index].
 inline void* element_at(void* data, Element element, int64_t index) {

@@ -176,11 +176,11 @@ Bits examine(const uint32_t* words, int count) {
 
 int words_for(int count) { return (count + kWordBits - 1) / kWordBits; }
 
-// The labels in [first, last) as bits.
-void mark(const int64_t* first, const int64_t* last, int count, uint32_t* bits) {
+// The labels in [first, last) of a tile of `width` columns as bits.
+void mark(const int64_t* first, const int64_t* last, int width, int count, uint32_t* bits) {
   std::fill_n(bits, words_for(count), 0u);
   for (auto column = first; column != last; ++column) {
-    const int64_t place = *column % kTile;
+    const int64_t place = *column & (width - 1);
     bits[place / kWordBits] |= 1u << (place % kWordBits);
   }
 }
@@ -232,8 +232,8 @@ bool SparseRow::scan(const Index* indices, const Labels& labels, int64_t first, 
       columns_[count] = column - begin;
       if (has_values) values_[count] = checked_value(values[i]);
       ++count;
-      is_ordered_ &= (column - begin) / kTile >= tile;
-      tile = (column - begin) / kTile;
+      is_ordered_ &= (column - begin) / width_ >= tile;
+      tile = (column - begin) / width_;
     }
   }
   columns_.resize(count);
@@ -244,12 +244,12 @@ bool SparseRow::scan(const Index* indices, const Labels& labels, int64_t first, 
 // Counting sort: however long the row, its ids are touched twice.
 void SparseRow::order_by_tile(int64_t tiles) {
   places_.assign(tiles + 1, 0);
-  for (const int64_t column : columns_) ++places_[column / kTile + 1];
+  for (const int64_t column : columns_) ++places_[column / width_ + 1];
   for (int64_t tile = 0; tile < tiles; ++tile) places_[tile + 1] += places_[tile];
   ordered_columns_.resize(columns_.size());
   ordered_values_.resize(values_.size());
   for (size_t i = 0; i < columns_.size(); ++i) {
-    const int64_t place = places_[columns_[i] / kTile]++;
+    const int64_t place = places_[columns_[i] / width_]++;
     ordered_columns_[place] = columns_[i];
     if (!values_.empty()) ordered_values_[place] = values_[i];
   }
@@ -258,7 +258,8 @@ void SparseRow::order_by_tile(int64_t tiles) {
 }
 
 bool SparseRow::start(const Labels& labels, int64_t row, int64_t begin, int64_t end,
-                      int64_t columns) {
+                      int64_t columns, int width) {
+  width_ = width;
   cursor_ = 0;
   tile_ = 0;
   is_ordered_ = true;
@@ -269,13 +270,13 @@ bool SparseRow::start(const Labels& labels, int64_t row, int64_t begin, int64_t 
           ? scan(static_cast<const int32_t*>(labels.data), labels, first, last, begin, end, columns)
           : scan(static_cast<const int64_t*>(labels.data), labels, first, last, begin, end,
                  columns);
-  if (!is_ordered_) order_by_tile((end - begin + kTile - 1) / kTile);
+  if (!is_ordered_) order_by_tile((end - begin + width - 1) / width);
   return valid;
 }
 
 SparseRow::Range SparseRow::next() {
   const size_t first = cursor_;
-  const int64_t end = ++tile_ * kTile;
+  const int64_t end = ++tile_ * width_;
   while (cursor_ < columns_.size() && columns_[cursor_] < end) ++cursor_;
   return {columns_.data() + first, columns_.data() + cursor_,
           values_.empty() ? nullptr : values_.data() + first};
@@ -393,16 +394,40 @@ bool SparseSet::start(const Labels& labels, int64_t row, int64_t columns) {
   return valid;
 }
 
+namespace {
+
+// Whether labels go to the loops as they are stored, or as bits.
+bool need_no_decoding(const Labels& labels, Carrier carrier) {
+  if (labels.data == nullptr || carrier == Carrier::kBits) return true;
+  return labels.format == Format::kDense && labels.element == Element::kBool &&
+         labels.column_stride == 1;
+}
+
+}  // namespace
+
+template <class Real>
+LabelReader<Real>::LabelReader(const Problem& problem, bool prefer_hard, Carrier carrier,
+                               bool prefer_wide)
+    : problem_(problem),
+      prefer_hard_(prefer_hard),
+      carrier_(carrier),
+      width_(prefer_wide && need_no_decoding(problem.target, carrier) &&
+                     need_no_decoding(problem.mask, carrier)
+                 ? kWideTile
+                 : kTile) {}
+
 template <class Real>
 void LabelReader<Real>::start_row(int64_t row, int64_t begin, int64_t end) {
   row_ = row;
   rows_ = 0;
-  const bool target_is_valid =
-      !is_sparse(problem_.target) ||
-      target_row_.start(problem_.target, row, begin, end, problem_.columns);
-  mask_is_valid_ = !is_sparse(problem_.mask) ||
-                   mask_row_.start(problem_.mask, row, begin, end, problem_.columns);
+  const auto start = [&](const Labels& labels, SparseRow& entries, int width) {
+    return !is_sparse(labels) || entries.start(labels, row, begin, end, problem_.columns, width);
+  };
+  const bool target_is_valid = start(problem_.target, target_row_, width_);
+  mask_is_valid_ = start(problem_.mask, mask_row_, width_);
   row_is_valid_ = target_is_valid && mask_is_valid_;
+  // What cannot be told goes by narrow tiles.
+  if (mask_is_valid_ && width() < width_) start(problem_.mask, mask_row_, width());
 }
 
 template <class Real>
@@ -447,7 +472,7 @@ void LabelReader<Real>::read_target(int64_t begin, int count, LabelTile<Real>& t
   const auto [first, last, values] = target_row_.next();
   if (first == last) return;
   if (carrier_ == Carrier::kBits) {
-    mark(first, last, count, hard_bits_);
+    mark(first, last, width_, count, hard_bits_);
     tile.kind = TargetKind::kHard;
     tile.hard_bits = hard_bits_;
   } else if (values == nullptr) {
@@ -500,12 +525,12 @@ void LabelReader<Real>::read_packed_target(int64_t begin, int count, LabelTile<R
     tile.hard = hard_;
     return;
   }
-  if (examine(words, count) == Bits::kNone) return;
-  tile.kind = TargetKind::kHard;
   if (carrier_ == Carrier::kBits) {
+    tile.kind = TargetKind::kHard;
     tile.hard_bits = words;
-  } else {
+  } else if (examine(words, count) != Bits::kNone) {
     loops::expand(words, words_for(count), hard_);
+    tile.kind = TargetKind::kHard;
     tile.hard = hard_;
   }
 }
@@ -575,7 +600,7 @@ void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& til
     const auto [first, last, values] = mask_row_.next();
     tile.empty = first == last;
     if (as_bits) {
-      mark(first, last, count, observed_bits_);
+      mark(first, last, width_, count, observed_bits_);
       tile.observed_bits = observed_bits_;
       return;
     }
@@ -585,14 +610,13 @@ void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& til
     const uint32_t* words = words_of(mask, row_) + begin / kWordBits;
     if (rows_ > 0) {
       loops::expand_rows(words, mask.row_stride, rows_, count / rows_, observed_);
+    } else if (as_bits) {
+      tile.observed_bits = words;
+      return;
     } else {
       const Bits bits = examine(words, count);
       if (bits == Bits::kAll) return;
       tile.empty = bits == Bits::kNone;
-      if (as_bits) {
-        tile.observed_bits = words;
-        return;
-      }
       loops::expand(words, words_for(count), observed_);
     }
   } else {

@@ -13,6 +13,10 @@ namespace mlloss::cpu {
 // Columns that are decoded at a time: a tile of logits, targets and mask stays in the L1 cache.
 constexpr int kTile = 2048;
 
+// Columns that are read at a time where loops take logits and labels as they are stored. So many
+// that what a tile costs beside its elements does not count.
+constexpr int kWideTile = 8 * kTile;
+
 // Rows that are read as one tile. A row costs as much as a tile of its own, unless it is short and
 // lies behind the one before.
 inline int rows_at_once(const Problem& problem) {
@@ -58,8 +62,10 @@ inline bool has_bits(const Problem& problem) {
 // any order and may repeat.
 class SparseRow {
  public:
-  // Returns false if the row has an index beyond `columns` or invalid offsets.
-  bool start(const Labels& labels, int64_t row, int64_t begin, int64_t end, int64_t columns);
+  // Returns false if the row has an index beyond `columns` or invalid offsets. `width`: the columns
+  // of a tile.
+  bool start(const Labels& labels, int64_t row, int64_t begin, int64_t end, int64_t columns,
+             int width);
 
   // The entries of the next tile, from left to right.
   struct Range {
@@ -79,6 +85,7 @@ class SparseRow {
   std::vector<double> values_, ordered_values_;
   std::vector<int64_t> places_;
   bool is_ordered_ = true;
+  int64_t width_ = kTile;
   int64_t tile_ = 0;
   size_t cursor_ = 0;
 };
@@ -133,18 +140,20 @@ template <class Real>
 class LabelReader {
  public:
   // `prefer_hard`: report soft-typed targets as hard where a tile holds only 0 and 1. Bits are only
-  // for labels that have them.
-  LabelReader(const Problem& problem, bool prefer_hard, Carrier carrier)
-      : problem_(problem), prefer_hard_(prefer_hard), carrier_(carrier) {}
+  // for labels that have them. `prefer_wide`: read wide tiles where labels allow it.
+  LabelReader(const Problem& problem, bool prefer_hard, Carrier carrier, bool prefer_wide);
 
   // Columns [begin, end) of a row follow.
   void start_row(int64_t row, int64_t begin, int64_t end);
+
+  // The most columns of the row that may be read at a time.
+  int width() const { return row_is_valid_ ? width_ : kTile; }
 
   // All columns of `rows` rows follow, as one tile that begins at 0; hard targets and masks come as
   // bytes. Returns false if the labels of a row cannot be told: then they go row by row.
   bool start_rows(int64_t row, int rows);
 
-  // Reads the next `count` <= kTile columns, from left to right.
+  // Reads the next `count` <= width() columns, from left to right.
   void read(int64_t begin, int count, LabelTile<Real>& tile);
 
   // Bits of a tile become bytes.
@@ -161,6 +170,7 @@ class LabelReader {
   const Problem& problem_;
   const bool prefer_hard_;
   const Carrier carrier_;
+  const int width_;
   int64_t row_ = 0;
   int rows_ = 0;  // of a tile of several rows; 0: tiles of one row
   bool row_is_valid_ = true;
@@ -173,8 +183,8 @@ class LabelReader {
   alignas(64) uint8_t hard_[kTile + kPadding];
   alignas(64) uint8_t not_ignored_[kTile];
   alignas(64) uint8_t observed_[kTile + kPadding];
-  alignas(64) uint32_t hard_bits_[kTile / kWordBits];
-  alignas(64) uint32_t observed_bits_[kTile / kWordBits];
+  alignas(64) uint32_t hard_bits_[kWideTile / kWordBits];
+  alignas(64) uint32_t observed_bits_[kWideTile / kWordBits];
 };
 
 int64_t count_nonzero(const uint8_t* bytes, int count);

@@ -9,9 +9,6 @@ namespace mlloss::cpu {
 // Four AVX-512 vectors of floats: enough independent chains to hide the latency of an addition.
 constexpr int kLanes = 64;
 
-// Mark lambdas with it that are called in loops: see isa.h.
-#define MLLOSS_INLINE_LAMBDA __attribute__((always_inline))
-
 // The largest term(i), i < count; NaN is passed over.
 template <class Real, class Term>
 MLLOSS_INLINE Real lane_max(int count, Real least, const Term& term) {

@@ -360,11 +360,17 @@ bool is_plain_softplus(const PointwiseProblem& problem) {
   return Loss::kIsSoftplus && problem.weight.data == nullptr && !problem.has_parameters();
 }
 
+// Whether the vectorised loops of a loss take every tile, also wide ones, if there are such loops:
+// nothing of kTile elements stands beside the logits and labels.
+template <class Loss>
+bool takes_wide_tiles(const PointwiseProblem& problem) {
+  return is_plain_softplus<Loss>(problem) && problem.label_smoothing == 0;
+}
+
 // Whether the loops that know bits will run.
 template <class Loss>
 Carrier carrier_for(const PointwiseProblem& problem) {
-  const bool takes_bits = is_plain_softplus<Loss>(problem) && problem.label_smoothing == 0;
-  return takes_bits && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
+  return takes_wide_tiles<Loss>(problem) && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
 }
 
 // The vectorised loops that a loss has: those of softplus, unless it has its own. They take a tile
@@ -584,8 +590,9 @@ template <class TileType, class Real, class Body>
 void for_tiles(const Piece& piece, int64_t row, TileReader<Real>& reader, const Body& body) {
   TileType tile;
   reader.start_row(row, piece.column_begin, piece.column_end);
-  for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += kTile) {
-    const int count = static_cast<int>(std::min<int64_t>(kTile, piece.column_end - begin));
+  const int width = reader.width();
+  for (int64_t begin = piece.column_begin; begin < piece.column_end; begin += width) {
+    const int count = static_cast<int>(std::min<int64_t>(width, piece.column_end - begin));
     reader.read(begin, count, tile);
     body(tile, begin);
   }
@@ -638,9 +645,10 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
   const Pieces pieces = pieces_of_tiles(problem);
   const Carrier carrier = losses == nullptr ? carrier_for<Loss>(problem) : Carrier::kBytes;
   const VectorKernels* vector = losses == nullptr ? vector_kernels_for<Loss>(problem) : nullptr;
+  const bool is_wide = vector != nullptr && takes_wide_tiles<Loss>(problem);
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier, vector != nullptr);
+    TileReader<Real> reader(problem, false, carrier, vector != nullptr, is_wide);
     PointwiseConstants<Real> constants(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
@@ -952,9 +960,10 @@ void backward_over_tiles(const PointwiseProblem& problem,
   const Pieces pieces = pieces_of_tiles(problem);
   const Carrier carrier = upstream.is_uniform() ? carrier_for<Loss>(problem) : Carrier::kBytes;
   const VectorKernels* vector = upstream.is_uniform() ? vector_kernels_for<Loss>(problem) : nullptr;
+  const bool is_wide = vector != nullptr && takes_wide_tiles<Loss>(problem);
   const bool stream = is_streamed(problem);
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier, vector != nullptr);
+    TileReader<Real> reader(problem, false, carrier, vector != nullptr, is_wide);
     PointwiseConstants<Real> constants(problem);
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {

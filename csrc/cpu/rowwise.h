@@ -249,7 +249,7 @@ struct RowReader {
 
   explicit RowReader(const Problem& problem)
       : vector(vector_kernels_for<Real>(problem)),
-        tiles(problem, true, carrier_for(vector, problem), vector != nullptr),
+        tiles(problem, true, carrier_for(vector, problem), vector != nullptr, vector != nullptr),
         entries(problem) {}
 };
 
@@ -263,13 +263,18 @@ RowSums<double> sums_of_piece(const Problem& problem, const Piece& piece, int64_
   const VectorKernels* vector = reader.vector;
   for_row_tiles(problem, piece, row, reader.tiles, reader.entries, [&](Tile<Real>& tile, int64_t) {
     if (tile.labels.empty) return;
+    int taken = 0;
     if constexpr (std::is_same_v<Real, float>) {
       const bool is_soft = tile.labels.kind == TargetKind::kSoft;
-      if (vector != nullptr && !is_soft && vector->exponential_sums(tile, &running)) return;
+      if (vector != nullptr && !is_soft) taken = vector->exponential_sums(tile, &running);
     }
-    if (vector != nullptr) reader.tiles.decode(tile);
-    others = has_others ? combine(others, sums(tile)) : sums(tile);
-    has_others = true;
+    if (taken == tile.count) return;
+    for_parts(tile, [&](Tile<Real>& part, int begin) {
+      if (begin < taken) return;
+      if (vector != nullptr) reader.tiles.decode(part);
+      others = has_others ? combine(others, sums(part)) : sums(part);
+      has_others = true;
+    });
   });
   if (vector == nullptr) return others;
   return has_others ? combine(running.scaled(), others) : running.scaled();
@@ -314,17 +319,21 @@ void write_gradients(const RowwiseProblem& problem, const Piece& piece, int64_t 
           return;
         }
       }
-      reader.tiles.decode(tile);
     }
-    Real* out = by_entries ? reader.row_of_entries.add(reader.entries.columns(), tile.count)
-                : problem.element == kElementOf<Real> ? static_cast<Real*>(target.data) + offset
-                                                      : buffer;
-    if (is_zero) {
-      std::fill_n(out, tile.count, Real(0));
-    } else {
-      gradients(tile, statistics, static_cast<Real>(scale), out);
-    }
-    if (out == buffer) store(buffer, tile.count, target.data, problem.element, offset);
+    for_parts(tile, [&](Tile<Real>& part, int part_begin) {
+      const int64_t own_offset = offset + part_begin;
+      Real* out = by_entries ? reader.row_of_entries.add(reader.entries.columns(), part.count)
+                  : problem.element == kElementOf<Real>
+                      ? static_cast<Real*>(target.data) + own_offset
+                      : buffer;
+      if (is_zero) {
+        std::fill_n(out, part.count, Real(0));
+      } else {
+        if (vector != nullptr) reader.tiles.decode(part);
+        gradients(part, statistics, static_cast<Real>(scale), out);
+      }
+      if (out == buffer) store(buffer, part.count, target.data, problem.element, own_offset);
+    });
   };
   for_row_tiles(problem, piece, row, reader.tiles, reader.entries, write);
   if (by_entries) reader.row_of_entries.write(problem, target.data, row * target.row_stride);

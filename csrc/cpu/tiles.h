@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpu/convert.h"
+#include "cpu/isa.h"
 #include "cpu/labels.h"
 #include "cpu/memory.h"
 #include "problem.h"
@@ -23,15 +24,44 @@ struct Tile {
   LabelTile<Real> labels;
 };
 
+// `count` elements of a tile of one row, from `begin` on, a multiple of kWordBits.
+template <class Real>
+MLLOSS_INLINE Tile<Real> part_of(const Tile<Real>& tile, int begin, int count) {
+  const auto from = [](auto* data, int place)
+                        MLLOSS_INLINE_LAMBDA { return data == nullptr ? data : data + place; };
+  Tile<Real> part = tile;
+  part.count = count;
+  part.logits = from(tile.logits, begin);
+  part.stored =
+      from(static_cast<const char*>(tile.stored), begin * int(element_size(tile.element)));
+  part.labels.hard = from(tile.labels.hard, begin);
+  part.labels.soft = from(tile.labels.soft, begin);
+  part.labels.observed = from(tile.labels.observed, begin);
+  part.labels.hard_bits = from(tile.labels.hard_bits, begin / kWordBits);
+  part.labels.observed_bits = from(tile.labels.observed_bits, begin / kWordBits);
+  return part;
+}
+
+// Calls body(part, begin) for parts of kTile elements; the last may have less.
+template <class Real, class Body>
+void for_parts(const Tile<Real>& tile, const Body& body) {
+  for (int begin = 0; begin < tile.count; begin += kTile) {
+    Tile<Real> part = part_of(tile, begin, std::min(kTile, tile.count - begin));
+    body(part, begin);
+  }
+}
+
 // One thread's buffers for decoding tiles.
 template <class Real>
 class TileReader {
  public:
   // `prefer_hard`, `carrier`: see LabelReader. `as_stored`: the logits of a tile are not decoded,
-  // nor fetched ahead; decode() does it.
+  // nor fetched ahead; decode() does it. `prefer_wide`: as stored, and wide where labels allow it.
   TileReader(const Problem& problem, bool prefer_hard, Carrier carrier = Carrier::kBytes,
-             bool as_stored = false)
-      : problem_(problem), as_stored_(as_stored), labels_(problem, prefer_hard, carrier) {}
+             bool as_stored = false, bool prefer_wide = false)
+      : problem_(problem),
+        as_stored_(as_stored),
+        labels_(problem, prefer_hard, carrier, prefer_wide) {}
 
   // Columns [begin, end) of a row follow.
   void start_row(int64_t row, int64_t begin, int64_t end) {
@@ -48,10 +78,13 @@ class TileReader {
     return labels_.start_rows(row, rows);
   }
 
-  // Reads the next `count` <= kTile columns, from left to right. Into a tile of the caller, since
+  // The most columns that are read at a time, after start_row.
+  int width() const { return labels_.width(); }
+
+  // Reads the next `count` <= width() columns, from left to right. Into a tile of the caller, since
   // copying what was just written in smaller parts makes the CPU wait.
   void read(int64_t begin, int count, Tile<Real>& tile) {
-    prefetch(begin + count, std::min<int64_t>(kTile, end_ - begin - count));
+    prefetch(begin + count, std::min<int64_t>(count, end_ - begin - count));
     const int64_t offset = row_ * problem_.row_stride + begin;
     tile.count = count;
     tile.logits = nullptr;
@@ -61,7 +94,7 @@ class TileReader {
     if (!as_stored_) decode_logits(tile);
   }
 
-  // For loops that take logits as numbers and labels as bytes.
+  // For loops that take logits as numbers and labels as bytes, and tiles that are not wide.
   void decode(Tile<Real>& tile) {
     labels_.expand(tile.labels, tile.count);
     decode_logits(tile);

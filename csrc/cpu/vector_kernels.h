@@ -89,7 +89,8 @@ struct RunningSums {
 };
 
 // They read `stored` and `element` of a tile rather than its `logits`, and write gradients of that
-// element type. `stream`: past the caches, for outputs that do not fit into them anyway.
+// element type. Of the tiles, those of softplus without weights and of exponentials may be wide.
+// `stream`: past the caches, for outputs that do not fit into them anyway.
 struct VectorKernels {
   // Sums of losses over a tile are added to what comes from the tiles before; `total` is what there
   // is in the end.
@@ -111,9 +112,10 @@ struct VectorKernels {
   void (*asymmetric_gradients)(const Tile<float>& tile, const float* weight,
                                const AsymmetricConstants& loss, float scale, bool stream,
                                void* gradients);
-  // For hard targets. Return false, with nothing written, if infinite logits need the other loops.
-  // The first adds to sums over the tiles before.
-  bool (*exponential_sums)(const Tile<float>& tile, RunningSums* sums);
+  // For hard targets. The first adds to sums over the tiles before, part by part of kTile elements
+  // up to one in which infinite logits need the other loops; returns how many elements it took. The
+  // second returns false, with nothing written, if all need the other loops.
+  int (*exponential_sums)(const Tile<float>& tile, RunningSums* sums);
   bool (*exponential_gradients)(const Tile<float>& tile, const RowStatistics<float>& statistics,
                                 float scale, bool stream, void* gradients);
   // How many elements of a masked tile are observed.

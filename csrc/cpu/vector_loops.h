@@ -332,8 +332,7 @@ MLLOSS_VECTOR void finish_gradients(const Group<Stored>& group, Floats (&values)
 // The gradient of softplus(z) without weights.
 template <class Stored>
 MLLOSS_VECTOR void soft_softplus_gradients_of(const Tile<float>& tile, float scale, bool stream,
-                                              void* gradients) {
-  auto* out = static_cast<Stored*>(gradients);
+                                              Stored* out) {
   stream = stream && is_aligned(out);
   scale = quiet_scale(scale);
   for_groups<true, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
@@ -356,8 +355,7 @@ MLLOSS_VECTOR void soft_softplus_gradients_of(const Tile<float>& tile, float sca
 
 template <class Stored>
 MLLOSS_VECTOR void softplus_gradients_of(const Tile<float>& tile, float scale, bool stream,
-                                         void* gradients) {
-  auto* out = static_cast<Stored*>(gradients);
+                                         Stored* out) {
   stream = stream && is_aligned(out);
   scale = quiet_scale(scale);
   for_groups<false, Stored, Exponentials>(
@@ -759,8 +757,7 @@ MLLOSS_VECTOR bool exponential_sums_of(const Tile<float>& tile, RunningSums* sum
 template <class Stored>
 MLLOSS_VECTOR void exponential_gradients_of(const Tile<float>& tile,
                                             const RowStatistics<float>& statistics, float scale,
-                                            bool stream, void* gradients) {
-  auto* out = static_cast<Stored*>(gradients);
+                                            bool stream, Stored* out) {
   stream = stream && is_aligned(out);
   const Floats positive_factor = all(quiet_scale(-scale * statistics.positive_factor));
   const Floats negative_factor = all(quiet_scale(scale * statistics.negative_factor));
@@ -799,6 +796,14 @@ MLLOSS_VECTOR void exponential_gradients_of(const Tile<float>& tile,
 
 // ---- Entry points ----
 
+// Calls body(part, begin) for parts of kTile elements; the last may have less.
+template <class Body>
+MLLOSS_VECTOR void for_parts_of(const Tile<float>& tile, const Body& body) {
+  for (int begin = 0; begin < tile.count; begin += kTile) {
+    body(part_of(tile, begin, tile.count - begin < kTile ? tile.count - begin : kTile), begin);
+  }
+}
+
 // Calls run(Stored{}) with the element type of a tile's logits.
 template <class Run>
 MLLOSS_VECTOR void dispatch(const Tile<float>& tile, const Run& run) {
@@ -815,8 +820,9 @@ MLLOSS_VECTOR void dispatch(const Tile<float>& tile, const Run& run) {
 __attribute__((MLLOSS_TARGET)) void softplus_sum(const Tile<float>& tile, LossSum* sum) {
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     using Stored = decltype(stored);
-    tile.labels.kind == TargetKind::kSoft ? soft_softplus_sum_of<Stored>(tile, sum)
-                                          : softplus_sum_of<Stored>(tile, sum);
+    if (tile.labels.kind == TargetKind::kSoft) return soft_softplus_sum_of<Stored>(tile, sum);
+    for_parts_of(tile, [&](const Tile<float>& part, int)
+                           MLLOSS_VECTOR_LAMBDA { softplus_sum_of<Stored>(part, sum); });
   });
 }
 
@@ -829,11 +835,13 @@ __attribute__((MLLOSS_TARGET)) void softplus_gradients(const Tile<float>& tile, 
                                                        bool stream, void* gradients) {
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     using Stored = decltype(stored);
+    auto* out = static_cast<Stored*>(gradients);
     if (tile.labels.kind == TargetKind::kSoft) {
-      soft_softplus_gradients_of<Stored>(tile, scale, stream, gradients);
-    } else {
-      softplus_gradients_of<Stored>(tile, scale, stream, gradients);
+      return soft_softplus_gradients_of<Stored>(tile, scale, stream, out);
     }
+    for_parts_of(tile, [&](const Tile<float>& part, int begin) MLLOSS_VECTOR_LAMBDA {
+      softplus_gradients_of<Stored>(part, scale, stream, out + begin);
+    });
   });
 }
 
@@ -872,12 +880,16 @@ MLLOSS_VECTOR_LOSS(focal, FocalLoss, FocalConstants)
 MLLOSS_VECTOR_LOSS(asymmetric, AsymmetricLoss, AsymmetricConstants)
 #undef MLLOSS_VECTOR_LOSS
 
-__attribute__((MLLOSS_TARGET)) bool exponential_sums(const Tile<float>& tile, RunningSums* sums) {
-  bool done = false;
+__attribute__((MLLOSS_TARGET)) int exponential_sums(const Tile<float>& tile, RunningSums* sums) {
+  int taken = 0;
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
-    done = exponential_sums_of<decltype(stored)>(tile, sums);
+    bool goes_on = true;
+    for_parts_of(tile, [&](const Tile<float>& part, int) MLLOSS_VECTOR_LAMBDA {
+      goes_on = goes_on && exponential_sums_of<decltype(stored)>(part, sums);
+      if (goes_on) taken += part.count;
+    });
   });
-  return done;
+  return taken;
 }
 
 __attribute__((MLLOSS_TARGET)) bool exponential_gradients(const Tile<float>& tile,
@@ -887,18 +899,24 @@ __attribute__((MLLOSS_TARGET)) bool exponential_gradients(const Tile<float>& til
   // Where a sum is infinite the differences to its shift may be positive.
   if (statistics.positive_factor == 0 || statistics.negative_factor == 0) return false;
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
-    exponential_gradients_of<decltype(stored)>(tile, statistics, scale, stream, gradients);
+    auto* out = static_cast<decltype(stored)*>(gradients);
+    for_parts_of(tile, [&](const Tile<float>& part, int begin) MLLOSS_VECTOR_LAMBDA {
+      exponential_gradients_of(part, statistics, scale, stream, out + begin);
+    });
   });
   return true;
 }
 
 __attribute__((MLLOSS_TARGET)) int64_t count_observed(const Tile<float>& tile) {
-  const LabelTile<float>& labels = tile.labels;
-  const TileBits observed(labels.observed, labels.observed_bits, 0, tile.count, 0);
-  int64_t total = __builtin_popcountll(bits_at(observed.last(), 0));
-  for (int g = 0; g < tile.count / kGroup; ++g) {
-    total += __builtin_popcountll(bits_at(observed.whole(), g));
-  }
+  int64_t total = 0;
+  for_parts_of(tile, [&](const Tile<float>& part, int) MLLOSS_VECTOR_LAMBDA {
+    const LabelTile<float>& labels = part.labels;
+    const TileBits observed(labels.observed, labels.observed_bits, 0, part.count, 0);
+    total += __builtin_popcountll(bits_at(observed.last(), 0));
+    for (int g = 0; g < part.count / kGroup; ++g) {
+      total += __builtin_popcountll(bits_at(observed.whole(), g));
+    }
+  });
   return total;
 }
 
