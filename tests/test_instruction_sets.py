@@ -30,8 +30,8 @@ LOSSES = (
     "multilabel_categorical_crossentropy",
     "multilabel_ranking_loss",
 )
-# Less than a vector, a group with and without a rest, and more than a tile.
-COLUMNS = (1, 7, 16, 33, 64, 131, 2048, 2048 + 77)
+# Less than a vector, a group with and without a rest, and more than a tile, also a wide one.
+COLUMNS = (1, 7, 16, 33, 64, 131, 2048, 2048 + 77, 16384 + 2048 + 77)
 ROWS = 5
 
 

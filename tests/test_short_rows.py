@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mlloss_cuda import PackedLabels, SparseLabels
+from mlloss_cuda import SparseLabels
 from tests.cases import FOCAL, RANKING, SIGMOID, ZLPR, Loss
 from tests.conftest import use_backend
+from tests.draws import Draw, check, evaluate, listed, masks_of, targets_of, wide
 
 # Around a word of packed labels and a vector; up to rows of which few fit into a tile, or none.
 COLUMNS = (1, 2, 7, 20, 31, 32, 33, 64, 65, 200, 511, 600, 1500)
@@ -34,131 +34,15 @@ def native_kernels() -> Iterator[None]:
         yield
 
 
-class Draw:
-    """Random tensors of one shape."""
-
-    def __init__(self, columns: int) -> None:
-        self.columns = columns
-        self.rows = PIECE * 5 // 4 // columns + 77
-        self.generator = torch.Generator().manual_seed(columns)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.generator)
-
-    def logits(self) -> Tensor:
-        return torch.randn(self.rows, self.columns, generator=self.generator) * 4 - 1
-
-    def labels(self, share: float) -> Tensor:
-        return self.uniform(self.rows, self.columns) < share
-
-    def constants(self, shape: str | None) -> Tensor | None:
-        if shape is None:
-            return None
-        sizes = {"N": self.rows, "C": self.columns, "1": 1}
-        names = [] if shape == "0-d" else shape.strip("[]").split(", ")
-        return self.uniform(*(sizes[name] for name in names)) + 0.5
-
-
-def listed(
-    labels: Tensor, values: Tensor | None = None, dtype: torch.dtype = torch.int64
-) -> SparseLabels:
-    """Labels as a list of ids, with their `values` [N, C]."""
-    offsets = torch.zeros(len(labels) + 1, dtype=dtype)
-    offsets[1:] = labels.sum(1).cumsum(0)
-    ids = labels.nonzero()[:, 1].to(dtype)
-    return SparseLabels(ids, offsets, None if values is None else values[labels])
-
-
-def padded(labels: Tensor) -> SparseLabels:
-    """As many ids in every row, in a falling order: each label twice, and padding."""
-    width = 2 * int(labels.sum(1).max()) + 1
-    ids = torch.where(labels, torch.arange(labels.shape[1]), -1)
-    ids = torch.cat([ids, ids, torch.full((len(labels), 1), -7)], 1).sort(1, descending=True)[0]
-    ids = ids[:, :width].to(torch.int32)
-    return SparseLabels(
-        ids.flatten(), torch.arange(len(labels) + 1, dtype=torch.int32) * ids.shape[1]
-    )
-
-
-def wide(labels: Tensor) -> Tensor:
-    """The same, with something else behind every row."""
-    return torch.cat([labels, labels.roll(1, 0)], 1)[:, : labels.shape[1]]
-
-
-def targets_of(draw: Draw, kind: str) -> tuple[Any, Tensor]:
-    """A target of this kind, and the same as a dense fp64 one."""
-    labels = draw.labels(0.2)
-    soft = torch.where(labels, draw.uniform(*labels.shape), 0)
-    if kind in ("soft", "values"):
-        return (soft if kind == "soft" else listed(labels, soft)), soft.double()
-    target = {
-        "bool": lambda: labels,
-        "every other column": lambda: labels.repeat_interleave(2, 1)[:, ::2],
-        "sparse": lambda: listed(labels),
-        "padded": lambda: padded(labels),
-        "packed": lambda: PackedLabels.pack(labels),
-    }[kind]()
-    return target, labels.double()
-
-
-def masks_of(draw: Draw, kind: str | None) -> tuple[Any, Tensor]:
-    seen = draw.labels(0.7)
-    if kind is None:
-        return None, torch.ones_like(seen)
-    mask = {
-        "bool": lambda: seen,
-        "wide": lambda: wide(seen),
-        "sparse": lambda: listed(seen),
-        "packed": lambda: PackedLabels.pack(seen),
-    }[kind]()
-    return mask, seen
-
-
-def evaluate(
-    loss: Loss, x: Tensor, target: Any, upstream: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    leaf = x.detach().requires_grad_()
-    # What is overwritten is a copy.
-    logits = leaf * 1 if options.get("inplace_backward") else leaf
-    value = loss(logits, target, **options)
-    (gradient,) = torch.autograd.grad(value, leaf, upstream)
-    return value.detach(), gradient
-
-
-def check(
-    loss: Loss,
-    x: Tensor,
-    target: tuple[Any, Tensor],
-    mask: tuple[Any, Tensor],
-    reduction: str = "sum",
-    **options: Tensor,
-) -> None:
-    """Forward and backward, and both in one pass, against the reference."""
-    exact = {name: option.double() for name, option in options.items()}
-    with use_backend("reference"):
-        expected = evaluate(loss, x.double(), target[1], mask=mask[1], reduction=reduction, **exact)
-    given: dict[str, Any] = dict(options, reduction=reduction)
-    if isinstance(mask[0], float):
-        given["ignore_index"] = mask[0]
-    else:
-        given["mask"] = mask[0]
-    results = [evaluate(loss, x, target[0], **given)]
-    results.append(evaluate(loss, x, target[0], inplace_backward=True, **given))
-    # Differences of the two sides cancel only where targets are soft.
-    absolute = (
-        1e-30 if target[1].frac().eq(0).all() else 2e-6 * max(1.0, expected[1].abs().max().item())
-    )
-    relative = 2**-7 if x.dtype == torch.bfloat16 else 1e-5
-    for value, gradient in results:
-        torch.testing.assert_close(value.double(), expected[0], rtol=2e-6, atol=1e-30)
-        torch.testing.assert_close(gradient.double(), expected[1], rtol=relative, atol=absolute)
+def draw_of(columns: int) -> Draw:
+    return Draw(PIECE * 5 // 4 // columns + 77, columns)
 
 
 @every_length
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("loss", [SIGMOID, FOCAL], ids=str)
 def test_pointwise(loss: Loss, columns: int, target: str) -> None:
-    draw = Draw(columns)
+    draw = draw_of(columns)
     x = draw.logits()
     # Every pair of a target and a mask in some rows; all of them would take minutes.
     first = (TARGETS.index(target) + COLUMNS.index(columns)) % 3
@@ -186,7 +70,7 @@ def test_pointwise(loss: Loss, columns: int, target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("loss", [ZLPR, RANKING], ids=str)
 def test_rowwise(loss: Loss, columns: int, target: str) -> None:
-    draw = Draw(columns)
+    draw = draw_of(columns)
     first = TARGETS.index(target) + COLUMNS.index(columns)
     for i in (first % 5, (first + 2) % 5):
         mask = MASKS[i]
@@ -203,7 +87,7 @@ def test_rowwise(loss: Loss, columns: int, target: str) -> None:
 @every_length
 @pytest.mark.parametrize("loss", [SIGMOID, ZLPR, RANKING], ids=str)
 def test_unreduced(loss: Loss, columns: int) -> None:
-    draw = Draw(columns)
+    draw = draw_of(columns)
     x, (target, y), (mask, seen) = (
         draw.logits(),
         targets_of(draw, "sparse"),
@@ -220,7 +104,7 @@ def test_unreduced(loss: Loss, columns: int) -> None:
 @every_length
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_smoothed(columns: int, smoothing: float) -> None:
-    draw = Draw(columns)
+    draw = draw_of(columns)
     x, (target, y) = draw.logits(), targets_of(draw, "sparse")
     options = {"label_smoothing": smoothing, "reduction": "sum"}
     value, gradient = evaluate(SIGMOID, x, target, **options)
@@ -234,7 +118,7 @@ def test_smoothed(columns: int, smoothing: float) -> None:
 @pytest.mark.parametrize("role", ["target", "mask", "offsets"])
 @pytest.mark.parametrize("loss", [SIGMOID, ZLPR, RANKING], ids=str)
 def test_invalid_row(unchecked: None, loss: Loss, columns: int, role: str) -> None:
-    draw = Draw(columns)
+    draw = draw_of(columns)
     x, labels = draw.logits(), draw.labels(0.3)
     row = draw.rows // 2
     labels[row, 0] = True
@@ -272,7 +156,7 @@ def test_invalid_row(unchecked: None, loss: Loss, columns: int, role: str) -> No
 @every_length
 @pytest.mark.parametrize("loss", [ZLPR, RANKING], ids=str)
 def test_numbers_that_are_not_finite(loss: Loss, columns: int) -> None:
-    draw = Draw(columns)
+    draw = draw_of(columns)
     x, labels = draw.logits(), draw.labels(0.3)
     # Far from each other, so that most are the only one of their tile.
     rows = iter(range(3, draw.rows, draw.rows // 12))
@@ -304,7 +188,7 @@ def test_numbers_that_are_not_finite(loss: Loss, columns: int) -> None:
 @every_length
 @pytest.mark.parametrize("loss", [SIGMOID, FOCAL, ZLPR, RANKING], ids=str)
 def test_as_many_threads_as_one_likes(loss: Loss, columns: int) -> None:
-    draw = Draw(columns)
+    draw = draw_of(columns)
     x, (target, _), (mask, _) = draw.logits(), targets_of(draw, "sparse"), masks_of(draw, "packed")
     weight = draw.constants("[C]" if loss.pointwise else None)
     constants = {} if weight is None else {"pos_weight": weight}

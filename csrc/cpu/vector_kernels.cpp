@@ -94,7 +94,8 @@ const VectorKernels* choose() {
   const std::string_view limit = variable == nullptr ? "avx512" : variable;
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
+                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2") &&
+                        __builtin_cpu_supports("popcnt");
   if (!has_avx2 || limit == "default") return nullptr;
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
