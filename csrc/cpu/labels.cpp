@@ -176,15 +176,6 @@ Bits examine(const uint32_t* words, int count) {
 
 int words_for(int count) { return (count + kWordBits - 1) / kWordBits; }
 
-// The labels in [first, last) of a tile of `width` columns as bits.
-void mark(const int64_t* first, const int64_t* last, int width, int count, uint32_t* bits) {
-  std::fill_n(bits, words_for(count), 0u);
-  for (auto column = first; column != last; ++column) {
-    const int64_t place = *column & (width - 1);
-    bits[place / kWordBits] |= 1u << (place % kWordBits);
-  }
-}
-
 }  // namespace
 
 bool is_set(const Labels& labels, int64_t row, int64_t column) {
@@ -472,9 +463,8 @@ void LabelReader<Real>::read_target(int64_t begin, int count, LabelTile<Real>& t
   const auto [first, last, values] = target_row_.next();
   if (first == last) return;
   if (carrier_ == Carrier::kBits) {
-    mark(first, last, width_, count, hard_bits_);
     tile.kind = TargetKind::kHard;
-    tile.hard_bits = hard_bits_;
+    tile.hard_bits = hard_bits_.mark(first, last, width_);
   } else if (values == nullptr) {
     std::memset(hard_, 0, count);
     for (auto column = first; column != last; ++column) hard_[*column % kTile] = 1;
@@ -600,8 +590,7 @@ void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& til
     const auto [first, last, values] = mask_row_.next();
     tile.empty = first == last;
     if (as_bits) {
-      mark(first, last, width_, count, observed_bits_);
-      tile.observed_bits = observed_bits_;
+      tile.observed_bits = observed_bits_.mark(first, last, width_);
       return;
     }
     std::memset(observed_, 0, count);

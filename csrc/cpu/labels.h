@@ -1,5 +1,6 @@
 // Targets and masks of every format, read tile by tile into the few forms that the loops know.
 #pragma once
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
@@ -136,6 +137,31 @@ class SparseSet {
 // Whether a row's column is set in dense bytes, in packed labels, or in no labels at all.
 bool is_set(const Labels& labels, int64_t row, int64_t column);
 
+// The labels of a sparse row in one tile as bits. Few as they are, what the tile before had is
+// taken back one by one.
+class MarkedBits {
+ public:
+  // Of columns [first, last), counted from the beginning of a range whose tiles are `width` wide, a
+  // power of two.
+  const uint32_t* mark(const int64_t* first, const int64_t* last, int width) {
+    if (is_new_) std::fill_n(bits_, kWideTile / kWordBits, 0u);
+    is_new_ = false;
+    for (const int32_t word : marked_) bits_[word] = 0;
+    marked_.clear();
+    for (auto column = first; column != last; ++column) {
+      const auto place = static_cast<int32_t>(*column & (width - 1));
+      bits_[place / kWordBits] |= 1u << (place % kWordBits);
+      marked_.push_back(place / kWordBits);
+    }
+    return bits_;
+  }
+
+ private:
+  bool is_new_ = true;  // nobody pays for bits that nobody wants
+  alignas(64) uint32_t bits_[kWideTile / kWordBits];
+  std::vector<int32_t> marked_;  // words
+};
+
 template <class Real>
 class LabelReader {
  public:
@@ -183,8 +209,8 @@ class LabelReader {
   alignas(64) uint8_t hard_[kTile + kPadding];
   alignas(64) uint8_t not_ignored_[kTile];
   alignas(64) uint8_t observed_[kTile + kPadding];
-  alignas(64) uint32_t hard_bits_[kWideTile / kWordBits];
-  alignas(64) uint32_t observed_bits_[kWideTile / kWordBits];
+  MarkedBits hard_bits_;
+  MarkedBits observed_bits_;
 };
 
 int64_t count_nonzero(const uint8_t* bytes, int count);
