@@ -67,7 +67,7 @@ def evaluate(
     loss: str,
     logits: Tensor,
     target: Tensor | PackedLabels | SparseLabels,
-    mask: Tensor | None,
+    mask: Tensor | PackedLabels | None,
     constants: dict[str, Tensor | float | None],
 ) -> tuple[Tensor, Tensor]:
     logits = logits.detach().requires_grad_()
@@ -98,9 +98,10 @@ def check_everything() -> None:
             for loss in LOSSES:
                 for name, target in targets_for(loss, dense).items():
                     for mask, constants in itertools.product(
-                        (None, observed), constants_for(loss, columns)
+                        (None, observed, PackedLabels.pack(observed)),
+                        constants_for(loss, columns),
                     ):
-                        case = f"{loss} {dtype} {columns} {name} masked={mask is not None}"
+                        case = f"{loss} {dtype} {columns} {name} mask={type(mask).__name__}"
                         case += f" {sorted(constants)}"
                         value, gradient = evaluate(loss, logits, target, mask, constants)
                         expected, slope = evaluate(loss, logits.double(), target, mask, constants)
@@ -111,10 +112,9 @@ def check_everything() -> None:
                         assert not wrong.any(), (case, gradient[wrong], slope[wrong])
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_every_instruction_set(native: None, capability: str) -> None:
+def run(capability: str, *module: str) -> None:
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.test_instruction_sets"],
+        [sys.executable, "-m", *module],
         cwd=ROOT,
         env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
@@ -122,6 +122,15 @@ def test_every_instruction_set(native: None, capability: str) -> None:
         check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_instruction_set(native: None, capability: str) -> None:
+    run(capability, "tests.test_instruction_sets")
+
+
+def test_long_rows_without_avx512(native: None) -> None:
+    run("avx2", "pytest", "-q", "tests/test_long_rows.py")
 
 
 if __name__ == "__main__":

@@ -47,16 +47,16 @@ def test_formats(loss: Loss, columns: int, target: str, mask: str | None) -> Non
 @pytest.mark.parametrize("mask", [None, "sparse", "packed"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
 @both
 def test_one_number_that_is_not_finite(
-    loss: Loss, columns: int, target: str, mask: str | None, value: float
+    loss: Loss, columns: int, target: str, mask: str | None, value: float, place: float
 ) -> None:
     draw = Draw(2, columns)
     x, (y, dense), (seen, kept) = draw.logits(), targets_of(draw, target), masks_of(draw, mask)
-    # In the last part of a row, so that others are behind them.
     positive = (dense != 0) & kept
-    wanted = positive if value < 0 else ~positive & kept
-    x[0, wanted[0].nonzero()[-1]] = value
+    wanted = (positive if value < 0 else ~positive & kept)[0].nonzero()
+    x[0, wanted[int(place * (len(wanted) - 1))]] = value
     upstream = torch.ones(loss.unreduced_shape(x.shape))
     actual = evaluate(loss, x, y, upstream, mask=seen, reduction="none")
     with use_backend("reference"):

@@ -223,8 +223,8 @@ bool SparseRow::scan(const Index* indices, const Labels& labels, int64_t first, 
       columns_[count] = column - begin;
       if (has_values) values_[count] = checked_value(values[i]);
       ++count;
-      is_ordered_ &= (column - begin) / width_ >= tile;
-      tile = (column - begin) / width_;
+      is_ordered_ &= (column - begin) >> shift_ >= tile;
+      tile = (column - begin) >> shift_;
     }
   }
   columns_.resize(count);
@@ -235,12 +235,12 @@ bool SparseRow::scan(const Index* indices, const Labels& labels, int64_t first, 
 // Counting sort: however long the row, its ids are touched twice.
 void SparseRow::order_by_tile(int64_t tiles) {
   places_.assign(tiles + 1, 0);
-  for (const int64_t column : columns_) ++places_[column / width_ + 1];
+  for (const int64_t column : columns_) ++places_[(column >> shift_) + 1];
   for (int64_t tile = 0; tile < tiles; ++tile) places_[tile + 1] += places_[tile];
   ordered_columns_.resize(columns_.size());
   ordered_values_.resize(values_.size());
   for (size_t i = 0; i < columns_.size(); ++i) {
-    const int64_t place = places_[columns_[i] / width_]++;
+    const int64_t place = places_[columns_[i] >> shift_]++;
     ordered_columns_[place] = columns_[i];
     if (!values_.empty()) ordered_values_[place] = values_[i];
   }
@@ -250,7 +250,7 @@ void SparseRow::order_by_tile(int64_t tiles) {
 
 bool SparseRow::start(const Labels& labels, int64_t row, int64_t begin, int64_t end,
                       int64_t columns, int width) {
-  width_ = width;
+  shift_ = std::countr_zero(static_cast<unsigned>(width));
   cursor_ = 0;
   tile_ = 0;
   is_ordered_ = true;
@@ -267,7 +267,7 @@ bool SparseRow::start(const Labels& labels, int64_t row, int64_t begin, int64_t 
 
 SparseRow::Range SparseRow::next() {
   const size_t first = cursor_;
-  const int64_t end = ++tile_ * width_;
+  const int64_t end = ++tile_ << shift_;
   while (cursor_ < columns_.size() && columns_[cursor_] < end) ++cursor_;
   return {columns_.data() + first, columns_.data() + cursor_,
           values_.empty() ? nullptr : values_.data() + first};
@@ -398,11 +398,11 @@ bool need_no_decoding(const Labels& labels, Carrier carrier) {
 
 template <class Real>
 LabelReader<Real>::LabelReader(const Problem& problem, bool prefer_hard, Carrier carrier,
-                               bool prefer_wide)
+                               Logits logits)
     : problem_(problem),
       prefer_hard_(prefer_hard),
       carrier_(carrier),
-      width_(prefer_wide && need_no_decoding(problem.target, carrier) &&
+      width_(logits == Logits::kWide && need_no_decoding(problem.target, carrier) &&
                      need_no_decoding(problem.mask, carrier)
                  ? kWideTile
                  : kTile) {}
@@ -460,21 +460,22 @@ void LabelReader<Real>::read_target(int64_t begin, int count, LabelTile<Real>& t
     read_sparse_targets(count, tile);
     return;
   }
-  const auto [first, last, values] = target_row_.next();
+  const SparseRow::Range entries = target_row_.next();
+  const auto [first, last, values] = entries;
   if (first == last) return;
   if (carrier_ == Carrier::kBits) {
     tile.kind = TargetKind::kHard;
-    tile.hard_bits = hard_bits_.mark(first, last, width_);
+    tile.hard_bits = hard_bits_.mark(target_row_, entries);
   } else if (values == nullptr) {
     std::memset(hard_, 0, count);
-    for (auto column = first; column != last; ++column) hard_[*column % kTile] = 1;
+    for (auto column = first; column != last; ++column) hard_[target_row_.place(*column)] = 1;
     tile.kind = TargetKind::kHard;
     tile.hard = hard_;
   } else {
     std::fill_n(soft_, count, Real(0));
     // Of duplicates the largest value counts.
     for (auto column = first; column != last; ++column) {
-      Real& value = soft_[*column % kTile];
+      Real& value = soft_[target_row_.place(*column)];
       value = std::max(value, static_cast<Real>(values[column - first]));
     }
     loops::validate(soft_, count);
@@ -587,14 +588,16 @@ void LabelReader<Real>::read_mask(int64_t begin, int count, LabelTile<Real>& til
     std::memset(observed_, 0, count);
     for (size_t i = 0; i < mask_rows_.size(); ++i) observed_[places[i]] = 1;
   } else if (mask.format == Format::kSparse) {
-    const auto [first, last, values] = mask_row_.next();
-    tile.empty = first == last;
+    const SparseRow::Range entries = mask_row_.next();
+    tile.empty = entries.first == entries.last;
     if (as_bits) {
-      tile.observed_bits = observed_bits_.mark(first, last, width_);
+      tile.observed_bits = observed_bits_.mark(mask_row_, entries);
       return;
     }
     std::memset(observed_, 0, count);
-    for (auto column = first; column != last; ++column) observed_[*column % kTile] = 1;
+    for (auto column = entries.first; column != entries.last; ++column) {
+      observed_[mask_row_.place(*column)] = 1;
+    }
   } else if (mask.format == Format::kPacked) {
     const uint32_t* words = words_of(mask, row_) + begin / kWordBits;
     if (rows_ > 0) {

@@ -14,8 +14,8 @@ namespace mlloss::cpu {
 // Columns that are decoded at a time: a tile of logits, targets and mask stays in the L1 cache.
 constexpr int kTile = 2048;
 
-// Columns that are read at a time where loops take logits and labels as they are stored. So many
-// that what a tile costs beside its elements does not count.
+// Columns that are read at a time where loops take logits as they are stored, and labels so or as
+// bits. So many that what a tile costs beside its elements does not count.
 constexpr int kWideTile = 8 * kTile;
 
 // Rows that are read as one tile. A row costs as much as a tile of its own, unless it is short and
@@ -40,7 +40,7 @@ struct LabelTile {
   const uint8_t* hard = nullptr;        // kHard: [count], nonzero = positive
   const Real* soft = nullptr;           // kSoft: [count], NaN where the target is invalid
   const uint8_t* observed = nullptr;    // [count], nonzero = use; nullptr = use everything
-  bool empty = false;                   // nothing is observed
+  bool empty = false;                   // nothing is observed, as far as the reader looked
   // In the place of `hard` and `observed` for a reader of bits: [count / 32 rounded up], those
   // beyond `count` are anything.
   const uint32_t* hard_bits = nullptr;
@@ -49,6 +49,10 @@ struct LabelTile {
 
 // How a reader gives hard targets and masks.
 enum class Carrier { kBytes, kBits };
+
+// How a reader gives logits: as numbers, or as they are stored, also by wide tiles where the labels
+// allow it. What stands beside them per element has only kTile elements.
+enum class Logits { kDecoded, kStored, kWide };
 
 // Whether labels can be read as bits: neither target nor mask has an element per label.
 inline bool has_bits(const Problem& problem) {
@@ -64,7 +68,7 @@ inline bool has_bits(const Problem& problem) {
 class SparseRow {
  public:
   // Returns false if the row has an index beyond `columns` or invalid offsets. `width`: the columns
-  // of a tile.
+  // of a tile, a power of two.
   bool start(const Labels& labels, int64_t row, int64_t begin, int64_t end, int64_t columns,
              int width);
 
@@ -76,6 +80,11 @@ class SparseRow {
   };
   Range next();
 
+  // Where an entry stands in its tile.
+  int place(int64_t column) const {
+    return static_cast<int>(column & ((int64_t(1) << shift_) - 1));
+  }
+
  private:
   template <class Index>
   bool scan(const Index* indices, const Labels& labels, int64_t first, int64_t last, int64_t begin,
@@ -86,7 +95,7 @@ class SparseRow {
   std::vector<double> values_, ordered_values_;
   std::vector<int64_t> places_;
   bool is_ordered_ = true;
-  int64_t width_ = kTile;
+  int shift_ = 0;  // the columns of a tile are 2^shift
   int64_t tile_ = 0;
   size_t cursor_ = 0;
 };
@@ -137,37 +146,39 @@ class SparseSet {
 // Whether a row's column is set in dense bytes, in packed labels, or in no labels at all.
 bool is_set(const Labels& labels, int64_t row, int64_t column);
 
-// The labels of a sparse row in one tile as bits. Few as they are, what the tile before had is
-// taken back one by one.
+// The labels of a sparse row in one tile as bits.
 class MarkedBits {
  public:
-  // Of columns [first, last), counted from the beginning of a range whose tiles are `width` wide, a
-  // power of two.
-  const uint32_t* mark(const int64_t* first, const int64_t* last, int width) {
-    if (is_new_) std::fill_n(bits_, kWideTile / kWordBits, 0u);
-    is_new_ = false;
-    for (const int32_t word : marked_) bits_[word] = 0;
-    marked_.clear();
-    for (auto column = first; column != last; ++column) {
-      const auto place = static_cast<int32_t>(*column & (width - 1));
+  const uint32_t* mark(const SparseRow& row, const SparseRow::Range& entries) {
+    // What the tile before had is taken back: few one by one.
+    if (is_unknown_) std::fill_n(bits_, kWideTile / kWordBits, 0u);
+    for (int i = 0; i < marks_; ++i) bits_[marked_[i]] = 0;
+    const int64_t count = entries.last - entries.first;
+    is_unknown_ = count > kFew;
+    marks_ = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int place = row.place(entries.first[i]);
       bits_[place / kWordBits] |= 1u << (place % kWordBits);
-      marked_.push_back(place / kWordBits);
+      if (!is_unknown_) marked_[marks_++] = place / kWordBits;
     }
     return bits_;
   }
 
  private:
-  bool is_new_ = true;  // nobody pays for bits that nobody wants
+  static constexpr int kFew = 32;
+
+  bool is_unknown_ = true;  // what the bits are
+  int marks_ = 0;
+  int marked_[kFew];  // words
   alignas(64) uint32_t bits_[kWideTile / kWordBits];
-  std::vector<int32_t> marked_;  // words
 };
 
 template <class Real>
 class LabelReader {
  public:
   // `prefer_hard`: report soft-typed targets as hard where a tile holds only 0 and 1. Bits are only
-  // for labels that have them. `prefer_wide`: read wide tiles where labels allow it.
-  LabelReader(const Problem& problem, bool prefer_hard, Carrier carrier, bool prefer_wide);
+  // for labels that have them.
+  LabelReader(const Problem& problem, bool prefer_hard, Carrier carrier, Logits logits);
 
   // Columns [begin, end) of a row follow.
   void start_row(int64_t row, int64_t begin, int64_t end);

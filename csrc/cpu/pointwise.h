@@ -360,17 +360,16 @@ bool is_plain_softplus(const PointwiseProblem& problem) {
   return Loss::kIsSoftplus && problem.weight.data == nullptr && !problem.has_parameters();
 }
 
-// Whether the vectorised loops of a loss take every tile, also wide ones, if there are such loops:
-// nothing of kTile elements stands beside the logits and labels.
+// Whether the loops need nothing but logits and labels.
 template <class Loss>
-bool takes_wide_tiles(const PointwiseProblem& problem) {
+bool needs_labels_only(const PointwiseProblem& problem) {
   return is_plain_softplus<Loss>(problem) && problem.label_smoothing == 0;
 }
 
 // Whether the loops that know bits will run.
 template <class Loss>
 Carrier carrier_for(const PointwiseProblem& problem) {
-  return takes_wide_tiles<Loss>(problem) && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
+  return needs_labels_only<Loss>(problem) && has_bits(problem) ? Carrier::kBits : Carrier::kBytes;
 }
 
 // The vectorised loops that a loss has: those of softplus, unless it has its own. They take a tile
@@ -418,6 +417,13 @@ template <class Loss>
 const VectorKernels* vector_kernels_for(const PointwiseProblem& problem) {
   const bool takes = VectorLoss<Loss>::kExists && problem.element != Element::kDouble;
   return takes ? vector_kernels() : nullptr;
+}
+
+// How these take logits, unless more than a pass goes over a tile in the L1 cache.
+template <class Loss>
+Logits logits_for(const PointwiseProblem& problem, const VectorKernels* vector) {
+  if (vector == nullptr) return Logits::kDecoded;
+  return needs_labels_only<Loss>(problem) ? Logits::kWide : Logits::kStored;
 }
 
 // ---- The whole matrix ----
@@ -645,10 +651,10 @@ PartialSum forward_over_tiles(const PointwiseProblem& problem, typename Loss::Re
   const Pieces pieces = pieces_of_tiles(problem);
   const Carrier carrier = losses == nullptr ? carrier_for<Loss>(problem) : Carrier::kBytes;
   const VectorKernels* vector = losses == nullptr ? vector_kernels_for<Loss>(problem) : nullptr;
-  const bool is_wide = vector != nullptr && takes_wide_tiles<Loss>(problem);
+  const Logits logits = logits_for<Loss>(problem, vector);
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier, vector != nullptr, is_wide);
+    TileReader<Real> reader(problem, false, carrier, logits);
     PointwiseConstants<Real> constants(problem);
     for (int64_t index = first; index < last; ++index) {
       const Piece piece = pieces[index];
@@ -732,7 +738,8 @@ double count_beforehand(PointwiseProblem problem) {
   const Carrier carrier = carrier_for<Loss>(problem);
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier, true);  // which leaves the logits alone
+    TileReader<Real> reader(problem, false, carrier,
+                            Logits::kStored);  // which leaves the logits alone
     EntryReader<Real> entries(problem);
     PointwiseTile<Real> tile;
     PointwiseConstants<Real> constants(problem);
@@ -774,7 +781,8 @@ PartialSum one_pass_over_tiles(const PointwiseProblem& problem, typename Loss::R
   const VectorKernels* vector = vector_kernels_for<Loss>(problem);
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier, vector != nullptr);
+    TileReader<Real> reader(problem, false, carrier,
+                            vector != nullptr ? Logits::kStored : Logits::kDecoded);
     PointwiseConstants<Real> constants(problem);
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {
@@ -960,10 +968,10 @@ void backward_over_tiles(const PointwiseProblem& problem,
   const Pieces pieces = pieces_of_tiles(problem);
   const Carrier carrier = upstream.is_uniform() ? carrier_for<Loss>(problem) : Carrier::kBytes;
   const VectorKernels* vector = upstream.is_uniform() ? vector_kernels_for<Loss>(problem) : nullptr;
-  const bool is_wide = vector != nullptr && takes_wide_tiles<Loss>(problem);
+  const Logits logits = logits_for<Loss>(problem, vector);
   const bool stream = is_streamed(problem);
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier, vector != nullptr, is_wide);
+    TileReader<Real> reader(problem, false, carrier, logits);
     PointwiseConstants<Real> constants(problem);
     alignas(64) Real buffer[kTile];
     for (int64_t index = first; index < last; ++index) {

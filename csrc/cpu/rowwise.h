@@ -249,7 +249,8 @@ struct RowReader {
 
   explicit RowReader(const Problem& problem)
       : vector(vector_kernels_for<Real>(problem)),
-        tiles(problem, true, carrier_for(vector, problem), vector != nullptr, vector != nullptr),
+        tiles(problem, true, carrier_for(vector, problem),
+              vector != nullptr ? Logits::kWide : Logits::kDecoded),
         entries(problem) {}
 };
 

@@ -111,7 +111,7 @@ class ShortRows<Loss, float> {
       : problem_(problem),
         may_change_(may_change),
         kernels_(goes_by_entries(problem) ? nullptr : short_row_kernels()),
-        labels_(problem, true, Carrier::kBytes, false) {}
+        labels_(problem, true, Carrier::kBytes, Logits::kStored) {}
 
   // Rows that are taken at a time; 1 where this is not for them.
   int step() const {

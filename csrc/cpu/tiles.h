@@ -43,10 +43,11 @@ MLLOSS_INLINE Tile<Real> part_of(const Tile<Real>& tile, int begin, int count) {
 }
 
 // Calls body(part, begin) for parts of kTile elements; the last may have less.
-template <class Real, class Body>
-void for_parts(const Tile<Real>& tile, const Body& body) {
+template <class TileType, class Body>
+void for_parts(TileType& tile, const Body& body) {
+  if (tile.count <= kTile) return body(tile, 0);
   for (int begin = 0; begin < tile.count; begin += kTile) {
-    Tile<Real> part = part_of(tile, begin, std::min(kTile, tile.count - begin));
+    auto part = part_of(tile, begin, std::min(kTile, tile.count - begin));
     body(part, begin);
   }
 }
@@ -55,13 +56,12 @@ void for_parts(const Tile<Real>& tile, const Body& body) {
 template <class Real>
 class TileReader {
  public:
-  // `prefer_hard`, `carrier`: see LabelReader. `as_stored`: the logits of a tile are not decoded,
-  // nor fetched ahead; decode() does it. `prefer_wide`: as stored, and wide where labels allow it.
-  TileReader(const Problem& problem, bool prefer_hard, Carrier carrier = Carrier::kBytes,
-             bool as_stored = false, bool prefer_wide = false)
+  // `prefer_hard`, `carrier`: see LabelReader. Logits that are not decoded are not fetched ahead
+  // either; decode() decodes a tile.
+  TileReader(const Problem& problem, bool prefer_hard, Carrier carrier, Logits logits)
       : problem_(problem),
-        as_stored_(as_stored),
-        labels_(problem, prefer_hard, carrier, prefer_wide) {}
+        as_stored_(logits != Logits::kDecoded),
+        labels_(problem, prefer_hard, carrier, logits) {}
 
   // Columns [begin, end) of a row follow.
   void start_row(int64_t row, int64_t begin, int64_t end) {

@@ -1,18 +1,12 @@
 // Vectors of floats with the instructions of AVX2 and FMA; included by vector_kernels.cpp.
 constexpr int kWidth = 8;
 
-constexpr int kUpperHalf = static_cast<int>(0xffff0000u);
-
 using Floats = __m256;
 using Mask = __m256;  // all bits of an element, or none
 
 MLLOSS_VECTOR Floats all(float value) { return _mm256_set1_ps(value); }
 
 MLLOSS_VECTOR Floats load(const float* data) { return _mm256_loadu_ps(data); }
-MLLOSS_VECTOR Floats load(const BFloat16* data) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
 MLLOSS_VECTOR Floats load(const Half* data) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
 }
@@ -60,7 +54,7 @@ MLLOSS_VECTOR __m256i round_bfloat16(Floats values) {
   return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 
-// Two vectors in the order of load_pair; a streamed address is a multiple of 64.
+// Two vectors in the order of load_pair; streamed addresses are multiples of a vector.
 MLLOSS_VECTOR void store_pair(Floats a, Floats b, bool stream, float* out) {
   store_bits(_mm256_castps_si256(a), stream, out);
   store_bits(_mm256_castps_si256(b), stream, out + kWidth);
@@ -101,12 +95,19 @@ MLLOSS_VECTOR Floats flip_sign(Mask mask, Floats x) {
   return _mm256_xor_ps(x, _mm256_and_ps(mask, all(-0.0f)));
 }
 
-// The bits of elements in the order of load_pair for bf16.
+// The bits of elements in the order of load_pair for bf16: of each 16 first the even, then the odd
+// ones. In steps that swap neighbours, then pairs, then fours, as there are CPUs with AVX2 on which
+// the instruction for it is slow.
 MLLOSS_VECTOR uint64_t in_pairs(uint64_t bits) {
-  constexpr uint32_t kEven = 0x5555;
-  const auto own = static_cast<uint32_t>(bits);
-  return _pext_u32(own, kEven) | _pext_u32(own, kEven << 1) << kWidth |
-         _pext_u32(own, kEven << 16) << 2 * kWidth | _pext_u32(own, kEven << 17) << 3 * kWidth;
+  auto x = static_cast<uint32_t>(bits);
+  const auto swap = [&](int distance, uint32_t lower) MLLOSS_VECTOR_LAMBDA {
+    const uint32_t different = (x ^ x >> distance) & lower;
+    x ^= different | different << distance;
+  };
+  swap(1, 0x22222222);
+  swap(2, 0x0c0c0c0c);
+  swap(4, 0x00f000f0);
+  return x;
 }
 
 // `count` bytes, at most 4 kWidth, as bits: 1 where nonzero.
@@ -157,7 +158,7 @@ MLLOSS_VECTOR Floats expm1_of(Floats x) {
 }
 
 // Whether some element of x is greater than that of y, or not a number.
-MLLOSS_VECTOR bool any_not_less(Floats x, Floats y) {
+MLLOSS_VECTOR bool any_greater_or_nan(Floats x, Floats y) {
   return _mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_NLE_UQ)) != 0;
 }
 
@@ -172,7 +173,7 @@ struct Exponentials {
   MLLOSS_VECTOR void start(const Floats (&values)[kVectors]) {
     MLLOSS_FOR_VECTORS (j) x[j] = values[j];
   }
-  // e^-|x|
+  // e^-|x|, and NaN for NaN
   MLLOSS_VECTOR void start_of_size(const Floats (&values)[kVectors]) {
     MLLOSS_FOR_VECTORS (j) x[j] = minus_absolute(values[j]);
   }

@@ -1,18 +1,12 @@
 // Vectors of floats with the instructions of AVX-512; included by vector_kernels.cpp.
 constexpr int kWidth = 16;
 
-constexpr int kUpperHalf = static_cast<int>(0xffff0000u);
-
 using Floats = __m512;
 using Mask = __mmask16;
 
 MLLOSS_VECTOR Floats all(float value) { return _mm512_set1_ps(value); }
 
 MLLOSS_VECTOR Floats load(const float* data) { return _mm512_loadu_ps(data); }
-MLLOSS_VECTOR Floats load(const BFloat16* data) {
-  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-}
 MLLOSS_VECTOR Floats load(const Half* data) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
 }
@@ -57,7 +51,7 @@ MLLOSS_VECTOR __m512i round_bfloat16(Floats values) {
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
   return _mm512_mask_add_epi32(rounded, is_odd, rounded, _mm512_set1_epi32(1));
 }
-// Two vectors in the order of load_pair; a streamed address is a multiple of 64.
+// Two vectors in the order of load_pair; streamed addresses are multiples of a vector.
 MLLOSS_VECTOR void store_pair(Floats a, Floats b, bool stream, float* out) {
   store_bits(_mm512_castps_si512(a), stream, out);
   store_bits(_mm512_castps_si512(b), stream, out + kWidth);
@@ -99,7 +93,8 @@ MLLOSS_VECTOR Floats flip_sign(Mask mask, Floats x) {
   return _mm512_mask_xor_ps(x, mask, x, all(-0.0f));
 }
 
-// The bits of elements in the order of load_pair for bf16.
+// The bits of elements in the order of load_pair for bf16: of each 32 first the even, then the odd
+// ones.
 MLLOSS_VECTOR uint64_t in_pairs(uint64_t bits) {
   constexpr uint32_t kEven = 0x55555555;
   const auto first = static_cast<uint32_t>(bits), second = static_cast<uint32_t>(bits >> 32);
@@ -161,7 +156,7 @@ MLLOSS_VECTOR Floats expm1_of(Floats x) {
 }
 
 // Whether some element of x is greater than that of y, or not a number.
-MLLOSS_VECTOR bool any_not_less(Floats x, Floats y) {
+MLLOSS_VECTOR bool any_greater_or_nan(Floats x, Floats y) {
   return _mm512_cmp_ps_mask(x, y, _CMP_NLE_UQ) != 0;
 }
 
@@ -179,7 +174,7 @@ struct Exponentials {
     reduce();
   }
 
-  // e^-|x|, and 0 for NaN.
+  // e^-|x|, and 0 or NaN for NaN.
   MLLOSS_VECTOR void start_of_size(const Floats (&x)[kVectors]) {
     constexpr int kSmaller = 0b10, kSigned = 0b11;
     MLLOSS_FOR_VECTORS (j) {
@@ -206,8 +201,8 @@ struct Exponentials {
     }
     reduce();
   }
-  // factor * sigmoid(x) = factor / (1 + e^-x). Where that exponential is infinite, the sigmoid is
-  // less than the least normal number.
+  // factor * sigmoid(x) = factor / (1 + e^-x). Where that exponential is infinite, the sigmoid
+  // would be subnormal, and 0 takes its place.
   MLLOSS_VECTOR void finish_sigmoids(Floats factor, Floats (&y)[kVectors]) const {
     finish(y);
     MLLOSS_FOR_VECTORS (j) y[j] = divide(factor, add(all(1), y[j]));

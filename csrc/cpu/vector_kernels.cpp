@@ -55,6 +55,8 @@ constexpr float kLog1p[] = {5.36542246e-3f,  -3.00683007e-2f, 7.92088285e-2f,
                             -1.37541875e-1f, 1.91538483e-1f,  -2.48572171e-1f,
                             3.33213300e-1f,  -4.99996483e-1f, 1.0f};
 
+constexpr int kUpperHalf = static_cast<int>(0xffff0000u);  // of 32 bits: a bf16 number
+
 // Vectors are taken so many at a time, as a group: independent chains of additions hide their
 // latency.
 constexpr int kVectors = 4;
@@ -77,7 +79,7 @@ namespace {
 }  // namespace mlloss::cpu::avx512
 #undef MLLOSS_TARGET
 
-#define MLLOSS_TARGET target("avx2,fma,f16c,bmi2,popcnt")
+#define MLLOSS_TARGET target("avx2,fma,f16c,popcnt")
 namespace mlloss::cpu::avx2 {
 namespace {
 #include "cpu/vector_avx2.h"
@@ -94,11 +96,11 @@ const VectorKernels* choose() {
   const std::string_view limit = variable == nullptr ? "avx512" : variable;
   __builtin_cpu_init();
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2") &&
-                        __builtin_cpu_supports("popcnt");
+                        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
   if (!has_avx2 || limit == "default") return nullptr;
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                          __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("bmi2");
   return has_avx512 && limit != "avx2" ? &avx512::kKernels : &avx2::kKernels;
 }
 

@@ -89,7 +89,8 @@ struct RunningSums {
 };
 
 // They read `stored` and `element` of a tile rather than its `logits`, and write gradients of that
-// element type. Of the tiles, those of softplus without weights and of exponentials may be wide.
+// element type. Tiles may be wide for softplus of hard targets without weights, for
+// exponentials and for counting.
 // `stream`: past the caches, for outputs that do not fit into them anyway.
 struct VectorKernels {
   // Sums of losses over a tile are added to what comes from the tiles before; `total` is what there

@@ -8,6 +8,8 @@ using GroupBits = std::conditional_t<kGroup == 64, uint64_t, uint32_t>;
 // The hard targets or the mask of a tile, as the bits of its groups.
 class TileBits {
  public:
+  TileBits(const TileBits&) = delete;  // it points into itself
+
   // Of bytes or words, or of neither: then all bits are `others`. Also fetches bytes so far ahead.
   MLLOSS_VECTOR TileBits(const uint8_t* bytes, const uint32_t* words, GroupBits others, int count,
                          int ahead) {
@@ -83,16 +85,18 @@ MLLOSS_VECTOR void load_beside(const float* data, Floats (&x)[kVectors]) {
   }
 }
 
-// What start() of a group leaves for finish() where nothing has to be left.
-struct Nothing {
+// For groups that are taken in one step.
+struct NoState {
   static constexpr bool kOverlaps = false;
 };
 
-// Calls start(group, state), then finish(group, state), for the groups of a tile. If a State
-// overlaps, a group starts before the one before it is finished. kSoft: with soft targets. Also
-// fetches ahead what memory holds behind the tile.
-template <bool kSoft, class Stored, class State, class Start, class Finish>
-MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Start& start, const Finish& finish) {
+// Calls start(group, state), then finish(group, state), for the groups of a tile, and in their
+// place leave_out(group) for groups of which nothing is observed. If a State overlaps, a group
+// starts before the one before it is finished. kSoft: with soft targets. Also fetches ahead what
+// memory holds behind the tile.
+template <bool kSoft, class Stored, class State, class LeaveOut, class Start, class Finish>
+MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const LeaveOut& leave_out,
+                              const Start& start, const Finish& finish) {
   const LabelTile<float>& labels = tile.labels;
   const bool is_hard = labels.kind == TargetKind::kHard;
   constexpr int kAhead = kPrefetch / int(sizeof(Stored));  // in elements
@@ -100,7 +104,8 @@ MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Start& start, const
                       tile.count, kAhead);
   const TileBits observed(labels.observed, labels.observed_bits, static_cast<GroupBits>(kFull),
                           tile.count, kAhead);
-  // Whole groups first, then what is none, as a copy filled up.
+  // Whole groups first, then what is none, as a copy filled up: two rounds of one loop, since its
+  // body is large.
   const int groups = tile.count / kGroup, rest = tile.count % kGroup;
   alignas(64) Stored last_logits[kGroup];
   alignas(64) float last_soft[kGroup];
@@ -134,6 +139,10 @@ MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Start& start, const
                                 in_order<Stored>(bits_at(observed_bits, g)),
                                 begin + g * kGroup,
                                 count};
+      if (group.observed == 0) {  // common where few labels are observed
+        leave_out(group);
+        continue;
+      }
       State state;
       start(group, state);
       if constexpr (State::kOverlaps) {
@@ -149,13 +158,20 @@ MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Start& start, const
   if (has_before) finish(before, state_before);
 }
 
-// Calls body(group) for the groups of a tile.
-template <bool kSoft, class Stored, class Body>
-MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const Body& body) {
-  for_groups<kSoft, Stored, Nothing>(
-      tile, [](const Group<Stored>&, Nothing) MLLOSS_VECTOR_LAMBDA {},
-      [&](const Group<Stored>& group, Nothing) MLLOSS_VECTOR_LAMBDA { body(group); });
+// Calls body(group), or leave_out(group), for the groups of a tile.
+template <bool kSoft, class Stored, class LeaveOut, class Body>
+MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const LeaveOut& leave_out,
+                              const Body& body) {
+  for_groups<kSoft, Stored, NoState>(
+      tile, leave_out, [](const Group<Stored>&, NoState) MLLOSS_VECTOR_LAMBDA {},
+      [&](const Group<Stored>& group, NoState) MLLOSS_VECTOR_LAMBDA { body(group); });
 }
+
+// What is left out of sums.
+struct Nothing {
+  template <class Group>
+  MLLOSS_VECTOR void operator()(const Group&) const {}
+};
 
 // Writes a group of gradients.
 template <class Stored>
@@ -169,6 +185,19 @@ MLLOSS_VECTOR void store_group(const Floats (&values)[kVectors], int begin, int 
   }
   if (!is_whole) std::memcpy(gradients + begin, last, count * sizeof(Stored));
 }
+
+// The gradients of what is left out.
+template <class Stored>
+struct Zeros {
+  bool stream;
+  Stored* gradients;
+
+  MLLOSS_VECTOR void operator()(const Group<Stored>& group) const {
+    Floats zeros[kVectors];
+    MLLOSS_FOR_VECTORS (j) zeros[j] = all(0);
+    store_group(zeros, group.begin, group.count, stream, gradients);
+  }
+};
 
 // NaN that is safe to be rounded to bf16: a product takes over the bits of one that it meets.
 MLLOSS_VECTOR float quiet_scale(float scale) { return scale != scale ? kNaN<float> : scale; }
@@ -221,6 +250,20 @@ MLLOSS_VECTOR Floats log1p_below_one(Floats e) {
   return multiply(p, e);
 }
 
+// What losses of probabilities are made of, of logits x.
+struct Sigmoid {
+  Floats p, q;       // sigmoid(x), sigmoid(-x)
+  Floats logarithm;  // log(1 + e^-|x|)
+
+  MLLOSS_VECTOR explicit Sigmoid(Floats x) {
+    const Floats e = exponential(minus_absolute(x));
+    const Floats large = divide(all(1), add(all(1), e)), small = multiply(e, large);
+    p = select(is_negative(x), small, large);
+    q = select(is_negative(x), large, small);
+    logarithm = log1p_below_one(e);
+  }
+};
+
 // A lane sees at most kTile / kGroup elements of a tile, so its q < 2^(kTile / kGroup): two lanes
 // fit together where that stays below what a float holds.
 constexpr int kProducts = 2 * (kTile / kGroup) < 100 ? kVectors / 2 : kVectors;
@@ -267,8 +310,7 @@ struct SoftplusLanes {
 template <class Stored>
 MLLOSS_VECTOR void soft_softplus_sum_of(const Tile<float>& tile, LossSum* sum) {
   SoftplusLanes lanes;
-  for_groups<true, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
-    if (group.observed == 0) return;
+  for_groups<true, Stored>(tile, Nothing{}, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
     Floats x[kVectors], y[kVectors], e[kVectors];
     load_group(group.logits, x);
     load_beside<Stored>(group.soft, y);
@@ -290,9 +332,8 @@ template <class Stored>
 MLLOSS_VECTOR void softplus_sum_of(const Tile<float>& tile, LossSum* sum) {
   SoftplusLanes lanes;
   for_groups<false, Stored, Exponentials>(
-      tile,
+      tile, Nothing{},
       [&](const Group<Stored>& group, Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
-        if (group.observed == 0) return;  // common where few labels are observed
         Floats x[kVectors];
         load_group(group.logits, x);
         with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
@@ -309,8 +350,7 @@ MLLOSS_VECTOR void softplus_sum_of(const Tile<float>& tile, LossSum* sum) {
         }
         exponentials.start_of_size(x);
       },
-      [&](const Group<Stored>& group, const Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
-        if (group.observed == 0) return;
+      [&](const Group<Stored>&, const Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
         Floats e[kVectors];
         exponentials.finish(e);
         lanes.multiply_by(e);
@@ -335,22 +375,20 @@ MLLOSS_VECTOR void soft_softplus_gradients_of(const Tile<float>& tile, float sca
                                               Stored* out) {
   stream = stream && is_aligned(out);
   scale = quiet_scale(scale);
-  for_groups<true, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
-    // (1 - y) sigmoid(x) - y sigmoid(-x)
-    Floats x[kVectors], y[kVectors];
-    load_group(group.logits, x);
-    load_beside<Stored>(group.soft, y);
-    MLLOSS_FOR_VECTORS (j) {
-      const Floats e = exponential(minus_absolute(x[j]));
-      const Floats large = divide(all(1), add(all(1), e));
-      const Floats small = multiply(e, large);
-      const Floats p = select(is_negative(x[j]), small, large);
-      const Floats q = select(is_negative(x[j]), large, small);
-      const Floats value = subtract(multiply(subtract(all(1), y[j]), p), multiply(y[j], q));
-      x[j] = keep(mask_from(group.observed, j), multiply(all(scale), value));
-    }
-    store_group(x, group.begin, group.count, stream, out);
-  });
+  for_groups<true, Stored>(
+      tile, Zeros<Stored>{stream, out}, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+        // (1 - y) sigmoid(x) - y sigmoid(-x)
+        Floats x[kVectors], y[kVectors];
+        load_group(group.logits, x);
+        load_beside<Stored>(group.soft, y);
+        MLLOSS_FOR_VECTORS (j) {
+          const Sigmoid sigmoid(x[j]);
+          const Floats value =
+              subtract(multiply(subtract(all(1), y[j]), sigmoid.p), multiply(y[j], sigmoid.q));
+          x[j] = keep(mask_from(group.observed, j), multiply(all(scale), value));
+        }
+        store_group(x, group.begin, group.count, stream, out);
+      });
 }
 
 template <class Stored>
@@ -359,7 +397,7 @@ MLLOSS_VECTOR void softplus_gradients_of(const Tile<float>& tile, float scale, b
   stream = stream && is_aligned(out);
   scale = quiet_scale(scale);
   for_groups<false, Stored, Exponentials>(
-      tile,
+      tile, Zeros<Stored>{stream, out},
       [&](const Group<Stored>& group, Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
         Floats x[kVectors];
         load_group(group.logits, x);
@@ -408,8 +446,7 @@ MLLOSS_VECTOR void weighted_softplus_sum_of(const Tile<float>& tile, const Facto
                                             LossSum* loss_sum) {
   Floats sum[kVectors];
   MLLOSS_FOR_VECTORS (j) sum[j] = all(0);
-  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
-    if (group.observed == 0) return;
+  for_groups<false, Stored>(tile, Nothing{}, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
     const FactorsOfGroup own = factors_of(factors, group);
     with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
       Floats x[kVectors], e[kVectors];
@@ -437,26 +474,28 @@ MLLOSS_VECTOR void weighted_softplus_gradients_of(const Tile<float>& tile, const
   auto* out = static_cast<Stored*>(gradients);
   stream = stream && is_aligned(out);
   scale = quiet_scale(scale);
-  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
-    const FactorsOfGroup own = factors_of(factors, group);
-    with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-      Floats x[kVectors];
-      load_group(group.logits, x);
-      if (needs.flipped) {
-        MLLOSS_FOR_VECTORS (j) x[j] = flip_sign(mask_from(group.hard, j), x[j]);
-      }
-      Exponentials exponentials;
-      exponentials.start_sigmoids(x);
-      exponentials.finish_sigmoids(all(scale), x);
-      MLLOSS_FOR_VECTORS (j) {
-        const Mask hard = mask_from(group.hard, j);
-        if (needs.flipped) x[j] = flip_sign(hard, x[j]);
-        x[j] = own.template times<needs.flipped>(j, hard, x[j]);
-        if (needs.masked) x[j] = keep(mask_from(group.observed, j), x[j]);
-      }
-      store_group(x, group.begin, group.count, stream, out);
-    });
-  });
+  for_groups<false, Stored>(tile, Zeros<Stored>{stream, out},
+                            [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+                              const FactorsOfGroup own = factors_of(factors, group);
+                              with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+                                Floats x[kVectors];
+                                load_group(group.logits, x);
+                                if (needs.flipped) {
+                                  MLLOSS_FOR_VECTORS (j)
+                                    x[j] = flip_sign(mask_from(group.hard, j), x[j]);
+                                }
+                                Exponentials exponentials;
+                                exponentials.start_sigmoids(x);
+                                exponentials.finish_sigmoids(all(scale), x);
+                                MLLOSS_FOR_VECTORS (j) {
+                                  const Mask hard = mask_from(group.hard, j);
+                                  if (needs.flipped) x[j] = flip_sign(hard, x[j]);
+                                  x[j] = own.template times<needs.flipped>(j, hard, x[j]);
+                                  if (needs.masked) x[j] = keep(mask_from(group.observed, j), x[j]);
+                                }
+                                store_group(x, group.begin, group.count, stream, out);
+                              });
+                            });
 }
 
 // ---- Focal and asymmetric loss ----
@@ -472,20 +511,6 @@ MLLOSS_VECTOR Floats power_of(const WholePower& power, Floats base) {
   return multiply(multiply(one_or(power.ones, base), one_or(power.twos, square)),
                   one_or(power.fours, multiply(square, square)));
 }
-
-// What losses of this kind are made of, of logits x.
-struct Sigmoid {
-  Floats p, q;       // sigmoid(x), sigmoid(-x)
-  Floats logarithm;  // log(1 + e^-|x|)
-
-  MLLOSS_VECTOR explicit Sigmoid(Floats x) {
-    const Floats e = exponential(minus_absolute(x));
-    const Floats large = divide(all(1), add(all(1), e)), small = multiply(e, large);
-    p = select(is_negative(x), small, large);
-    q = select(is_negative(x), large, small);
-    logarithm = log1p_below_one(e);
-  }
-};
 
 // The loss of a vector, and its derivative by x.
 struct FocalLoss {
@@ -531,7 +556,7 @@ struct AsymmetricLoss {
   MLLOSS_VECTOR bool is_zero_for(const Floats (&x)[kVectors]) const {
     const Floats logit = all(loss.logit_high);
     bool any = false;  // NaN is no such negative
-    MLLOSS_FOR_VECTORS (j) any |= any_not_less(x[j], logit);
+    MLLOSS_FOR_VECTORS (j) any |= any_greater_or_nan(x[j], logit);
     return !any;
   }
 
@@ -592,8 +617,7 @@ MLLOSS_VECTOR void sum_over_tile(const Tile<float>& tile, const float* weight, c
                                  LossSum* loss_sum) {
   Floats sum[kVectors];
   MLLOSS_FOR_VECTORS (j) sum[j] = all(0);
-  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
-    if (group.observed == 0) return;
+  for_groups<false, Stored>(tile, Nothing{}, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
     Floats x[kVectors];
     load_group(group.logits, x);
     if (group.hard == 0 && weight == nullptr && loss.is_zero_for(x)) return;
@@ -618,25 +642,27 @@ MLLOSS_VECTOR void gradients_over_tile(const Tile<float>& tile, const float* wei
   auto* out = static_cast<Stored*>(gradients);
   stream = stream && is_aligned(out);
   scale = quiet_scale(scale);
-  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
-    Floats x[kVectors];
-    load_group(group.logits, x);
-    if (group.hard == 0 && weight == nullptr && scale == scale && loss.is_zero_for(x)) {
-      MLLOSS_FOR_VECTORS (j) x[j] = all(0);
-      store_group(x, group.begin, group.count, stream, out);
-      return;
-    }
-    const FactorsOfGroup own = factors_of({weight, nullptr}, group);
-    with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
-      MLLOSS_FOR_VECTORS (j) {
-        const Mask hard = mask_from(group.hard, j);
-        Floats value = multiply(all(scale), loss.template derivative<needs.flipped>(x[j], hard));
-        value = own.template times<false>(j, hard, value);
-        x[j] = needs.masked ? keep(mask_from(group.observed, j), value) : value;
-      }
-      store_group(x, group.begin, group.count, stream, out);
-    });
-  });
+  for_groups<false, Stored>(
+      tile, Zeros<Stored>{stream, out}, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+        Floats x[kVectors];
+        load_group(group.logits, x);
+        if (group.hard == 0 && weight == nullptr && scale == scale && loss.is_zero_for(x)) {
+          MLLOSS_FOR_VECTORS (j) x[j] = all(0);
+          store_group(x, group.begin, group.count, stream, out);
+          return;
+        }
+        const FactorsOfGroup own = factors_of({weight, nullptr}, group);
+        with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
+          MLLOSS_FOR_VECTORS (j) {
+            const Mask hard = mask_from(group.hard, j);
+            Floats value =
+                multiply(all(scale), loss.template derivative<needs.flipped>(x[j], hard));
+            value = own.template times<false>(j, hard, value);
+            x[j] = needs.masked ? keep(mask_from(group.observed, j), value) : value;
+          }
+          store_group(x, group.begin, group.count, stream, out);
+        });
+      });
 }
 
 // ---- Sums of exponentials ----
@@ -655,11 +681,13 @@ struct SideLanes {
     }
   }
 
+  static_assert(kWidth <= RunningSum::kLargest);
+
   MLLOSS_VECTOR Floats largest_values() const {
     return maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3]));
   }
   MLLOSS_VECTOR bool is_near() const {
-    return !any_not_less(largest_values(), add(shift, all(RunningSum::kNear)));
+    return !any_greater_or_nan(largest_values(), add(shift, all(RunningSum::kNear)));
   }
   MLLOSS_VECTOR void add_to(RunningSum* running) const {
     store(maximum(load(running->largest), largest_values()), running->largest);
@@ -667,7 +695,8 @@ struct SideLanes {
   }
 };
 
-// The largest values of a group on each side: what is left out counts as nothing.
+// A group with the signs of positives flipped, and nothing in the place of what is not observed;
+// also notes the largest values of each side.
 template <class Stored>
 MLLOSS_VECTOR void values_of(const Group<Stored>& group, Floats (&value)[kVectors],
                              SideLanes& negative, SideLanes& positive) {
@@ -691,18 +720,17 @@ MLLOSS_VECTOR void values_of(const Group<Stored>& group, Floats (&value)[kVector
 
 template <class Stored>
 MLLOSS_VECTOR void find_largest(const Tile<float>& tile, SideLanes& negative, SideLanes& positive) {
-  for_groups<false, Stored>(tile, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
+  for_groups<false, Stored>(tile, Nothing{}, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
     Floats value[kVectors];
-    if (group.observed != 0) values_of(group, value, negative, positive);
+    values_of(group, value, negative, positive);
   });
 }
 
 template <class Stored>
 MLLOSS_VECTOR void add_sides(const Tile<float>& tile, SideLanes& negative, SideLanes& positive) {
   for_groups<false, Stored, Exponentials>(
-      tile,
+      tile, Nothing{},
       [&](const Group<Stored>& group, Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
-        if (group.observed == 0) return;
         Floats value[kVectors];
         values_of(group, value, negative, positive);
         MLLOSS_FOR_VECTORS (j) {
@@ -713,7 +741,6 @@ MLLOSS_VECTOR void add_sides(const Tile<float>& tile, SideLanes& negative, SideL
         exponentials.start(value);
       },
       [&](const Group<Stored>& group, const Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
-        if (group.observed == 0) return;
         Floats e[kVectors];
         exponentials.finish(e);
         if (group.hard != 0) {
@@ -738,7 +765,8 @@ MLLOSS_VECTOR bool add_near(const Tile<float>& tile, RunningSums* sums) {
   return true;
 }
 
-// See sums_of_tile in rowwise.h. But for the first tile of a row, this takes one pass.
+// See sums_of_tile in rowwise.h. This takes one pass, and two more where a side begins or rises
+// much.
 template <class Stored>
 MLLOSS_VECTOR bool exponential_sums_of(const Tile<float>& tile, RunningSums* sums) {
   if (sums->negative.has_shift() && add_near<Stored>(tile, sums)) return true;
@@ -764,7 +792,7 @@ MLLOSS_VECTOR void exponential_gradients_of(const Tile<float>& tile,
   const Floats positive_shift = all(statistics.positive_shift);
   const Floats negative_shift = all(statistics.negative_shift);
   for_groups<false, Stored, Exponentials>(
-      tile,
+      tile, Zeros<Stored>{stream, out},
       [&](const Group<Stored>& group, Exponentials& exponentials) MLLOSS_VECTOR_LAMBDA {
         Floats x[kVectors];
         load_group(group.logits, x);
@@ -796,13 +824,9 @@ MLLOSS_VECTOR void exponential_gradients_of(const Tile<float>& tile,
 
 // ---- Entry points ----
 
-// Calls body(part, begin) for parts of kTile elements; the last may have less.
-template <class Body>
-MLLOSS_VECTOR void for_parts_of(const Tile<float>& tile, const Body& body) {
-  for (int begin = 0; begin < tile.count; begin += kTile) {
-    body(part_of(tile, begin, tile.count - begin < kTile ? tile.count - begin : kTile), begin);
-  }
-}
+// Of tiles of at most kTile elements; the kernels of wide ones call these part by part. As
+// functions of their own: in a loop over parts, the compiler has too few registers left.
+#define MLLOSS_KERNEL __attribute__((noinline, MLLOSS_TARGET))
 
 // Calls run(Stored{}) with the element type of a tile's logits.
 template <class Run>
@@ -817,110 +841,129 @@ MLLOSS_VECTOR void dispatch(const Tile<float>& tile, const Run& run) {
   }
 }
 
-__attribute__((MLLOSS_TARGET)) void softplus_sum(const Tile<float>& tile, LossSum* sum) {
+MLLOSS_KERNEL void softplus_sum_of_part(const Tile<float>& tile, LossSum* sum) {
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     using Stored = decltype(stored);
-    if (tile.labels.kind == TargetKind::kSoft) return soft_softplus_sum_of<Stored>(tile, sum);
-    for_parts_of(tile, [&](const Tile<float>& part, int)
-                           MLLOSS_VECTOR_LAMBDA { softplus_sum_of<Stored>(part, sum); });
+    tile.labels.kind == TargetKind::kSoft ? soft_softplus_sum_of<Stored>(tile, sum)
+                                          : softplus_sum_of<Stored>(tile, sum);
   });
 }
 
-__attribute__((MLLOSS_TARGET)) double total(LossSum* sum) {
+void softplus_sum(const Tile<float>& tile, LossSum* sum) {
+  for_parts(tile, [&](const Tile<float>& part, int) { softplus_sum_of_part(part, sum); });
+}
+
+MLLOSS_KERNEL double total(LossSum* sum) {
   take_logarithms(sum);
   return sum->total;
 }
 
-__attribute__((MLLOSS_TARGET)) void softplus_gradients(const Tile<float>& tile, float scale,
-                                                       bool stream, void* gradients) {
+MLLOSS_KERNEL void softplus_gradients_of_part(const Tile<float>& tile, float scale, bool stream,
+                                              void* gradients) {
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     using Stored = decltype(stored);
     auto* out = static_cast<Stored*>(gradients);
-    if (tile.labels.kind == TargetKind::kSoft) {
-      return soft_softplus_gradients_of<Stored>(tile, scale, stream, out);
-    }
-    for_parts_of(tile, [&](const Tile<float>& part, int begin) MLLOSS_VECTOR_LAMBDA {
-      softplus_gradients_of<Stored>(part, scale, stream, out + begin);
-    });
+    tile.labels.kind == TargetKind::kSoft
+        ? soft_softplus_gradients_of<Stored>(tile, scale, stream, out)
+        : softplus_gradients_of<Stored>(tile, scale, stream, out);
   });
 }
 
-__attribute__((MLLOSS_TARGET)) void weighted_softplus_sum(const Tile<float>& tile,
-                                                          const Factors& factors, LossSum* sum) {
+void softplus_gradients(const Tile<float>& tile, float scale, bool stream, void* gradients) {
+  for_parts(tile, [&](const Tile<float>& part, int begin) {
+    softplus_gradients_of_part(part, scale, stream, element_at(gradients, tile.element, begin));
+  });
+}
+
+MLLOSS_KERNEL void weighted_softplus_sum(const Tile<float>& tile, const Factors& factors,
+                                         LossSum* sum) {
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     weighted_softplus_sum_of<decltype(stored)>(tile, factors, sum);
   });
 }
 
-__attribute__((MLLOSS_TARGET)) void weighted_softplus_gradients(const Tile<float>& tile,
-                                                                const Factors& factors, float scale,
-                                                                bool stream, void* gradients) {
+MLLOSS_KERNEL void weighted_softplus_gradients(const Tile<float>& tile, const Factors& factors,
+                                               float scale, bool stream, void* gradients) {
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
     weighted_softplus_gradients_of<decltype(stored)>(tile, factors, scale, stream, gradients);
   });
 }
 
 // sum and gradients of a loss, by the name of its functions.
-#define MLLOSS_VECTOR_LOSS(name, Loss, Constants)                                              \
-  __attribute__((MLLOSS_TARGET)) void name##_sum(const Tile<float>& tile, const float* weight, \
-                                                 const Constants& constants, LossSum* sum) {   \
-    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                     \
-      sum_over_tile<decltype(stored)>(tile, weight, Loss{constants}, sum);                     \
-    });                                                                                        \
-  }                                                                                            \
-  __attribute__((MLLOSS_TARGET)) void name##_gradients(                                        \
-      const Tile<float>& tile, const float* weight, const Constants& constants, float scale,   \
-      bool stream, void* gradients) {                                                          \
-    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                     \
-      gradients_over_tile<decltype(stored)>(tile, weight, Loss{constants}, scale, stream,      \
-                                            gradients);                                        \
-    });                                                                                        \
+#define MLLOSS_VECTOR_LOSS(name, Loss, Constants)                                           \
+  MLLOSS_KERNEL void name##_sum(const Tile<float>& tile, const float* weight,               \
+                                const Constants& constants, LossSum* sum) {                 \
+    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                  \
+      sum_over_tile<decltype(stored)>(tile, weight, Loss{constants}, sum);                  \
+    });                                                                                     \
+  }                                                                                         \
+  MLLOSS_KERNEL void name##_gradients(const Tile<float>& tile, const float* weight,         \
+                                      const Constants& constants, float scale, bool stream, \
+                                      void* gradients) {                                    \
+    dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                  \
+      gradients_over_tile<decltype(stored)>(tile, weight, Loss{constants}, scale, stream,   \
+                                            gradients);                                     \
+    });                                                                                     \
   }
 MLLOSS_VECTOR_LOSS(focal, FocalLoss, FocalConstants)
 MLLOSS_VECTOR_LOSS(asymmetric, AsymmetricLoss, AsymmetricConstants)
 #undef MLLOSS_VECTOR_LOSS
 
-__attribute__((MLLOSS_TARGET)) int exponential_sums(const Tile<float>& tile, RunningSums* sums) {
-  int taken = 0;
+MLLOSS_KERNEL bool exponential_sums_of_part(const Tile<float>& tile, RunningSums* sums) {
+  bool done = false;
   dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
-    bool goes_on = true;
-    for_parts_of(tile, [&](const Tile<float>& part, int) MLLOSS_VECTOR_LAMBDA {
-      goes_on = goes_on && exponential_sums_of<decltype(stored)>(part, sums);
-      if (goes_on) taken += part.count;
-    });
+    done = exponential_sums_of<decltype(stored)>(tile, sums);
+  });
+  return done;
+}
+
+int exponential_sums(const Tile<float>& tile, RunningSums* sums) {
+  int taken = 0;
+  bool goes_on = true;
+  for_parts(tile, [&](const Tile<float>& part, int) {
+    goes_on = goes_on && exponential_sums_of_part(part, sums);
+    if (goes_on) taken += part.count;
   });
   return taken;
 }
 
-__attribute__((MLLOSS_TARGET)) bool exponential_gradients(const Tile<float>& tile,
-                                                          const RowStatistics<float>& statistics,
-                                                          float scale, bool stream,
-                                                          void* gradients) {
+MLLOSS_KERNEL void exponential_gradients_of_part(const Tile<float>& tile,
+                                                 const RowStatistics<float>& statistics,
+                                                 float scale, bool stream, void* gradients) {
+  dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
+    using Stored = decltype(stored);
+    exponential_gradients_of(tile, statistics, scale, stream, static_cast<Stored*>(gradients));
+  });
+}
+
+bool exponential_gradients(const Tile<float>& tile, const RowStatistics<float>& statistics,
+                           float scale, bool stream, void* gradients) {
   // Where a sum is infinite the differences to its shift may be positive.
   if (statistics.positive_factor == 0 || statistics.negative_factor == 0) return false;
-  dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {
-    auto* out = static_cast<decltype(stored)*>(gradients);
-    for_parts_of(tile, [&](const Tile<float>& part, int begin) MLLOSS_VECTOR_LAMBDA {
-      exponential_gradients_of(part, statistics, scale, stream, out + begin);
-    });
+  for_parts(tile, [&](const Tile<float>& part, int begin) {
+    exponential_gradients_of_part(part, statistics, scale, stream,
+                                  element_at(gradients, tile.element, begin));
   });
   return true;
 }
 
-__attribute__((MLLOSS_TARGET)) int64_t count_observed(const Tile<float>& tile) {
-  int64_t total = 0;
-  for_parts_of(tile, [&](const Tile<float>& part, int) MLLOSS_VECTOR_LAMBDA {
-    const LabelTile<float>& labels = part.labels;
-    const TileBits observed(labels.observed, labels.observed_bits, 0, part.count, 0);
-    total += __builtin_popcountll(bits_at(observed.last(), 0));
-    for (int g = 0; g < part.count / kGroup; ++g) {
-      total += __builtin_popcountll(bits_at(observed.whole(), g));
-    }
-  });
+MLLOSS_KERNEL int64_t count_observed_of_part(const Tile<float>& tile) {
+  const LabelTile<float>& labels = tile.labels;
+  const TileBits observed(labels.observed, labels.observed_bits, 0, tile.count, 0);
+  int64_t total = __builtin_popcountll(bits_at(observed.last(), 0));
+  for (int g = 0; g < tile.count / kGroup; ++g) {
+    total += __builtin_popcountll(bits_at(observed.whole(), g));
+  }
   return total;
 }
 
-__attribute__((MLLOSS_TARGET)) void fence() { _mm_sfence(); }
+int64_t count_observed(const Tile<float>& tile) {
+  int64_t total = 0;
+  for_parts(tile, [&](const Tile<float>& part, int) { total += count_observed_of_part(part); });
+  return total;
+}
+
+MLLOSS_KERNEL void fence() { _mm_sfence(); }
 
 constexpr VectorKernels kKernels = {
     total,
@@ -937,3 +980,5 @@ constexpr VectorKernels kKernels = {
     count_observed,
     fence,
 };
+
+#undef MLLOSS_KERNEL
