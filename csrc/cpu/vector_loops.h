@@ -8,46 +8,41 @@ using GroupBits = std::conditional_t<kGroup == 64, uint64_t, uint32_t>;
 // The hard targets or the mask of a tile, as the bits of its groups.
 class TileBits {
  public:
-  TileBits(const TileBits&) = delete;  // it points into itself
-
-  // Of bytes or words, or of neither: then all bits are `others`. Also fetches bytes so far ahead.
-  MLLOSS_VECTOR TileBits(const uint8_t* bytes, const uint32_t* words, GroupBits others, int count,
-                         int ahead) {
-    const int groups = count / kGroup, rest = count % kGroup;
-    whole_ = own_;
-    last_ = others;
-    if (words != nullptr) {
-      whole_ = words;
-      const uint32_t* last = words + groups * (kGroup / kWordBits);
-      if (rest > 0) last_ = last[0];
-      if (rest > kWordBits) last_ |= uint64_t(last[1]) << kWordBits;
-    } else if (bytes != nullptr) {
-      for (int g = 0; g < groups; ++g) {
-        __builtin_prefetch(bytes + g * kGroup + ahead);  // never faults
-        own_[g] = static_cast<GroupBits>(bits_of(bytes + g * kGroup, kGroup));
-      }
-      if (rest > 0) last_ = static_cast<GroupBits>(bits_of(bytes + groups * kGroup, rest));
+  // Of bytes or words, or of neither: then all bits are `others`.
+  MLLOSS_VECTOR TileBits(const uint8_t* bytes, const uint32_t* words, GroupBits others, int count)
+      : bytes_(bytes), words_(words), others_(others) {
+    const int whole = count / kGroup, rest = count % kGroup;
+    if (rest == 0) return;
+    if (bytes != nullptr) {
+      last_ = bits_of(bytes + whole * kGroup, rest);
+    } else if (words != nullptr) {
+      words += whole * (kGroup / kWordBits);
+      last_ = words[0];
+      if (rest > kWordBits) last_ |= uint64_t(words[1]) << kWordBits;
     } else {
-      for (int g = 0; g < groups; ++g) own_[g] = others;
+      last_ = others;
     }
-    last_ &= (GroupBits(1) << rest) - 1;
+    last_ &= (uint64_t(1) << rest) - 1;
   }
 
-  // Of the whole groups, one behind the other; and of the rest, of which there may be none.
-  const void* whole() const { return whole_; }
-  const void* last() const { return &last_; }
+  // Of a whole group. Bytes become bits here rather than for the tile at once: with arithmetic in
+  // between, memory keeps up.
+  MLLOSS_VECTOR uint64_t of_group(int group) const {
+    if (bytes_ != nullptr) return bits_of(bytes_ + group * kGroup, kGroup);
+    if (words_ == nullptr) return others_;
+    GroupBits own;
+    std::memcpy(&own, words_ + group * (kGroup / kWordBits), sizeof own);
+    return own;
+  }
+  // Of what is no whole group, of which there may be none.
+  MLLOSS_VECTOR uint64_t of_rest() const { return last_; }
 
  private:
-  const void* whole_;
-  GroupBits last_;
-  GroupBits own_[kTile / kGroup];
+  const uint8_t* bytes_;
+  const uint32_t* words_;
+  GroupBits others_;
+  uint64_t last_ = 0;
 };
-
-MLLOSS_VECTOR uint64_t bits_at(const void* bits, int group) {
-  GroupBits own;
-  std::memcpy(&own, static_cast<const char*>(bits) + group * int(sizeof own), sizeof own);
-  return own;
-}
 
 // Bits of a group in the order of load_pair.
 template <class Stored>
@@ -99,11 +94,10 @@ MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const LeaveOut& leave_out
                               const Start& start, const Finish& finish) {
   const LabelTile<float>& labels = tile.labels;
   const bool is_hard = labels.kind == TargetKind::kHard;
-  constexpr int kAhead = kPrefetch / int(sizeof(Stored));  // in elements
   const TileBits hard(is_hard ? labels.hard : nullptr, is_hard ? labels.hard_bits : nullptr, 0,
-                      tile.count, kAhead);
+                      tile.count);
   const TileBits observed(labels.observed, labels.observed_bits, static_cast<GroupBits>(kFull),
-                          tile.count, kAhead);
+                          tile.count);
   // Whole groups first, then what is none, as a copy filled up: two rounds of one loop, since its
   // body is large.
   const int groups = tile.count / kGroup, rest = tile.count % kGroup;
@@ -123,8 +117,6 @@ MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const LeaveOut& leave_out
   for (const bool is_last : {false, true}) {
     const Stored* logits = is_last ? last_logits : tile_logits;
     const float* soft = is_last ? last_soft : labels.soft;
-    const void* hard_bits = is_last ? hard.last() : hard.whole();
-    const void* observed_bits = is_last ? observed.last() : observed.whole();
     const int begin = is_last ? groups * kGroup : 0;
     const int count = is_last ? rest : kGroup;
     const int end = is_last ? rest > 0 : groups;
@@ -133,12 +125,19 @@ MLLOSS_VECTOR void for_groups(const Tile<float>& tile, const LeaveOut& leave_out
       for (int line = 0; line < kGroup * int(sizeof(Stored)); line += 64) {
         _mm_prefetch(fetched + line, _MM_HINT_T0);
       }
-      const Group<Stored> group{logits + g * kGroup,
-                                kSoft ? soft + g * kGroup : nullptr,
-                                in_order<Stored>(bits_at(hard_bits, g)),
-                                in_order<Stored>(bits_at(observed_bits, g)),
-                                begin + g * kGroup,
-                                count};
+      // Bytes as many elements ahead, and not all of a tile at once; prefetching never faults.
+      constexpr int kAhead = kPrefetch / int(sizeof(Stored));
+      if (labels.hard != nullptr) __builtin_prefetch(labels.hard + begin + g * kGroup + kAhead);
+      if (labels.observed != nullptr) {
+        __builtin_prefetch(labels.observed + begin + g * kGroup + kAhead);
+      }
+      const Group<Stored> group{
+          logits + g * kGroup,
+          kSoft ? soft + g * kGroup : nullptr,
+          in_order<Stored>(is_last ? hard.of_rest() : hard.of_group(g)),
+          in_order<Stored>(is_last ? observed.of_rest() : observed.of_group(g)),
+          begin + g * kGroup,
+          count};
       if (group.observed == 0) {  // common where few labels are observed
         leave_out(group);
         continue;
@@ -949,10 +948,10 @@ bool exponential_gradients(const Tile<float>& tile, const RowStatistics<float>& 
 
 MLLOSS_KERNEL int64_t count_observed_of_part(const Tile<float>& tile) {
   const LabelTile<float>& labels = tile.labels;
-  const TileBits observed(labels.observed, labels.observed_bits, 0, tile.count, 0);
-  int64_t total = __builtin_popcountll(bits_at(observed.last(), 0));
+  const TileBits observed(labels.observed, labels.observed_bits, 0, tile.count);
+  int64_t total = __builtin_popcountll(observed.of_rest());
   for (int g = 0; g < tile.count / kGroup; ++g) {
-    total += __builtin_popcountll(bits_at(observed.whole(), g));
+    total += __builtin_popcountll(observed.of_group(g));
   }
   return total;
 }
