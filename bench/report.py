@@ -36,8 +36,8 @@ REQUIRED_ORDER = {
     HALF: [("packed", "bool")],
     FEW: [("sparse", "packed"), ("packed", "bool")],
 }
-# Medians of formats that are equally fast, since both wait for memory, differ by so much from run to
-# run on a shared machine.
+# Medians of formats that are equally fast, since both wait for memory, differ by so much from run
+# to run on a shared machine.
 NOISE = 0.05
 # The formats hold the same labels: fp32 losses differ by the order of summation at most.
 SAME_LOSS = 1e-5
