@@ -738,8 +738,8 @@ double count_beforehand(PointwiseProblem problem) {
   const Carrier carrier = carrier_for<Loss>(problem);
   std::vector<PartialSum> sums(pieces.count());
   for_pieces(pieces, [&](int64_t first, int64_t last) {
-    TileReader<Real> reader(problem, false, carrier,
-                            Logits::kStored);  // which leaves the logits alone
+    // Which leaves the logits alone.
+    TileReader<Real> reader(problem, false, carrier, Logits::kStored);
     EntryReader<Real> entries(problem);
     PointwiseTile<Real> tile;
     PointwiseConstants<Real> constants(problem);

@@ -11,15 +11,7 @@ MLLOSS_VECTOR Floats load(const Half* data) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
 }
 
-// Two vectors of elements. Those of bf16 are first the even, then the odd elements: see in_pairs.
-MLLOSS_VECTOR void load_pair(const float* data, Floats& a, Floats& b) {
-  a = load(data);
-  b = load(data + kWidth);
-}
-MLLOSS_VECTOR void load_pair(const Half* data, Floats& a, Floats& b) {
-  a = load(data);
-  b = load(data + kWidth);
-}
+// The even, then the odd of two vectors' elements (other formats: load_pair in vector_loops.h).
 MLLOSS_VECTOR void load_pair(const BFloat16* data, Floats& a, Floats& b) {
   const __m512i bits = _mm512_loadu_si512(data);
   a = _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));

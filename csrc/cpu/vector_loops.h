@@ -44,6 +44,14 @@ class TileBits {
   uint64_t last_ = 0;
 };
 
+// Two vectors of elements, one behind the other (bf16 has an overload of its own: the even, then
+// the odd ones).
+template <class Stored>
+MLLOSS_VECTOR void load_pair(const Stored* data, Floats& a, Floats& b) {
+  a = load(data);
+  b = load(data + kWidth);
+}
+
 // Bits of a group in the order of load_pair.
 template <class Stored>
 MLLOSS_VECTOR uint64_t in_order(uint64_t bits) {
