@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 CAPABILITIES = ("default", "avx2", "avx512")  # where the CPU lacks one, the next lower one runs
 LOSSES = (
     "sigmoid_cross_entropy",
+    "binary_cross_entropy",
     "sigmoid_focal_loss",
     "asymmetric_loss",
     "multilabel_categorical_crossentropy",
@@ -56,6 +57,8 @@ def constants_for(loss: str, columns: int) -> list[dict[str, Tensor | float | No
             {"pos_weight": per_label},
             {"weight": per_label, "pos_weight": per_label.flip(0)},
         ]
+    if loss == "binary_cross_entropy":
+        return [{}, {"eps": 1e-3}, {"weight": per_label, "pos_weight": per_label.flip(0)}]
     if loss == "sigmoid_focal_loss":
         return [{}, {"gamma": 1.0, "alpha": None}, {"gamma": 4.0, "weight": per_label}]
     if loss == "asymmetric_loss":
@@ -95,7 +98,11 @@ def check_everything() -> None:
             dense[2] = torch.rand(columns, generator=generator) < 0.5
             dense[3] = False
             observed = torch.rand(ROWS, columns, generator=generator) < 0.5
+            # Down to subnormal numbers; in fp16, whose largest number is 65504, with lesser slopes.
+            probs = logits.double().clamp(min=-9.0 if dtype == torch.float16 else -90.0)
+            probs = probs.sigmoid().to(dtype)
             for loss in LOSSES:
+                input = probs if loss == "binary_cross_entropy" else logits
                 for name, target in targets_for(loss, dense).items():
                     for mask, constants in itertools.product(
                         (None, observed, PackedLabels.pack(observed)),
@@ -103,8 +110,8 @@ def check_everything() -> None:
                     ):
                         case = f"{loss} {dtype} {columns} {name} mask={type(mask).__name__}"
                         case += f" {sorted(constants)}"
-                        value, gradient = evaluate(loss, logits, target, mask, constants)
-                        expected, slope = evaluate(loss, logits.double(), target, mask, constants)
+                        value, gradient = evaluate(loss, input, target, mask, constants)
+                        expected, slope = evaluate(loss, input.double(), target, mask, constants)
                         error = (value - expected).abs()
                         assert error <= 2e-6 * expected.abs() + 1e-30, (case, value, expected)
                         allowed = (1e-5 + ulp) * slope.abs() + tiny

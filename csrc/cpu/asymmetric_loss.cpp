@@ -33,7 +33,7 @@ struct VectorLoss<AsymmetricLoss<float>> {
   static bool sum(const VectorKernels& vector, const Loss& loss, const PointwiseTile<float>& tile,
                   LossSum* sum) {
     if (!takes(loss, tile)) return false;
-    vector.asymmetric_sum(tile, tile.weight, constants_of(loss), sum);
+    vector.asymmetric_sum(tile, {tile.weight, nullptr}, constants_of(loss), sum);
     return true;
   }
 
@@ -41,7 +41,8 @@ struct VectorLoss<AsymmetricLoss<float>> {
                         const PointwiseTile<float>& tile, float scale, bool stream,
                         void* gradients) {
     if (!takes(loss, tile)) return false;
-    vector.asymmetric_gradients(tile, tile.weight, constants_of(loss), scale, stream, gradients);
+    vector.asymmetric_gradients(tile, {tile.weight, nullptr}, constants_of(loss), scale, stream,
+                                gradients);
     return true;
   }
 };

@@ -26,7 +26,7 @@ struct VectorLoss<SigmoidFocalLoss<float>> {
   static bool sum(const VectorKernels& vector, const Loss& loss, const PointwiseTile<float>& tile,
                   LossSum* sum) {
     if (!takes(loss, tile)) return false;
-    vector.focal_sum(tile, tile.weight, constants_of(loss), sum);
+    vector.focal_sum(tile, {tile.weight, nullptr}, constants_of(loss), sum);
     return true;
   }
 
@@ -34,7 +34,8 @@ struct VectorLoss<SigmoidFocalLoss<float>> {
                         const PointwiseTile<float>& tile, float scale, bool stream,
                         void* gradients) {
     if (!takes(loss, tile)) return false;
-    vector.focal_gradients(tile, tile.weight, constants_of(loss), scale, stream, gradients);
+    vector.focal_gradients(tile, {tile.weight, nullptr}, constants_of(loss), scale, stream,
+                           gradients);
     return true;
   }
 };

@@ -38,6 +38,11 @@ struct AsymmetricConstants {
   float logit_high, logit_low;
 };
 
+// See math/binary_cross_entropy.h.
+struct ProbabilityConstants {
+  float eps, most, least;
+};
+
 // A sum of losses over tiles, on its way: those of softplus wait as what their logarithms are to be
 // taken of, until there are enough for the CPU to take many at once.
 struct LossSum {
@@ -103,16 +108,21 @@ struct VectorKernels {
   void (*weighted_softplus_sum)(const Tile<float>& tile, const Factors& factors, LossSum* sum);
   void (*weighted_softplus_gradients)(const Tile<float>& tile, const Factors& factors, float scale,
                                       bool stream, void* gradients);
-  // For hard targets; `weight` as in Factors.
-  void (*focal_sum)(const Tile<float>& tile, const float* weight, const FocalConstants& loss,
+  // Other losses of elements, for hard targets.
+  void (*focal_sum)(const Tile<float>& tile, const Factors& factors, const FocalConstants& loss,
                     LossSum* sum);
-  void (*focal_gradients)(const Tile<float>& tile, const float* weight, const FocalConstants& loss,
-                          float scale, bool stream, void* gradients);
-  void (*asymmetric_sum)(const Tile<float>& tile, const float* weight,
+  void (*focal_gradients)(const Tile<float>& tile, const Factors& factors,
+                          const FocalConstants& loss, float scale, bool stream, void* gradients);
+  void (*asymmetric_sum)(const Tile<float>& tile, const Factors& factors,
                          const AsymmetricConstants& loss, LossSum* sum);
-  void (*asymmetric_gradients)(const Tile<float>& tile, const float* weight,
+  void (*asymmetric_gradients)(const Tile<float>& tile, const Factors& factors,
                                const AsymmetricConstants& loss, float scale, bool stream,
                                void* gradients);
+  void (*probability_sum)(const Tile<float>& tile, const Factors& factors,
+                          const ProbabilityConstants& loss, LossSum* sum);
+  void (*probability_gradients)(const Tile<float>& tile, const Factors& factors,
+                                const ProbabilityConstants& loss, float scale, bool stream,
+                                void* gradients);
   // For hard targets. The first adds to sums over the tiles before, part by part of kTile elements
   // up to one in which infinite logits need the other loops; returns how many elements it took. The
   // second returns false, with nothing written, if all need the other loops.

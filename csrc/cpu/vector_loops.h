@@ -234,12 +234,8 @@ MLLOSS_VECTOR void with_needs(const Group<Stored>& group, const Run& run) {
   }
 }
 
-// log(1 + q), q >= 0: as log1p_nonnegative in math/scalar.h.
-MLLOSS_VECTOR Floats log1p_of(Floats q) {
-  const Floats u = add(all(1), q);
-  // What rounding dropped. NaN goes its way through here.
-  const Floats lost = select(is_negative(subtract(q, all(1))), subtract(q, subtract(u, all(1))),
-                             subtract(all(1), subtract(u, q)));
+// log(u + lost): as log_of_sum in math/scalar.h.
+MLLOSS_VECTOR Floats log_of(Floats u, Floats lost) {
   const Parts parts = parts_of(u);
   const Floats f = multiply_add(lost, parts.inverse_power, subtract(parts.rest, all(1)));
   Floats p = all(kLogarithm[0]);
@@ -248,6 +244,14 @@ MLLOSS_VECTOR Floats log1p_of(Floats q) {
   Floats y = multiply_add(parts.exponent, all(-2.12194440e-4f), multiply(multiply(p, f), square));
   y = multiply_add(all(-0.5f), square, y);
   return multiply_add(parts.exponent, all(0.693359375f), add(f, y));
+}
+
+// log(1 + q), q >= 0: as log1p_nonnegative in math/scalar.h.
+MLLOSS_VECTOR Floats log1p_of(Floats q) {
+  const Floats u = add(all(1), q);
+  // What rounding dropped. NaN goes its way through here.
+  return log_of(u, select(is_negative(subtract(q, all(1))), subtract(q, subtract(u, all(1))),
+                          subtract(all(1), subtract(u, q))));
 }
 
 // log(1 + e) for 0 <= e <= 1.
@@ -505,7 +509,7 @@ MLLOSS_VECTOR void weighted_softplus_gradients_of(const Tile<float>& tile, const
                             });
 }
 
-// ---- Focal and asymmetric loss ----
+// ---- Focal, asymmetric and probability losses ----
 
 // value where the bit is 1, and 1 where it is 0.
 MLLOSS_VECTOR Floats one_or(float bit, Floats value) {
@@ -618,22 +622,77 @@ struct AsymmetricLoss {
   }
 };
 
+// Binary cross-entropy of probabilities.
+struct ProbabilityLoss {
+  ProbabilityConstants loss;
+
+  MLLOSS_VECTOR bool is_zero_for([[maybe_unused]] const Floats (&p)[kVectors]) const {
+    return false;
+  }
+
+  // NaN where p is outside [0, 1]. The sum makes a 0 of -0.
+  MLLOSS_VECTOR static Floats valid(Floats p, Floats rest, Floats value) {
+    return select(is_negative(multiply_add(p, rest, all(0))), all(kNaN<float>), value);
+  }
+
+  // The probability of what the target is.
+  template <bool kFlipped>
+  MLLOSS_VECTOR static Floats side_of(Floats p, Floats rest, Mask hard) {
+    return kFlipped ? select(hard, p, rest) : rest;
+  }
+
+  template <bool kFlipped>
+  MLLOSS_VECTOR Floats value(Floats p, Mask hard) const {
+    const Floats rest = subtract(all(1), p);
+    const Floats lost_of_rest = subtract(subtract(all(1), rest), p);
+    const Floats u = side_of<kFlipped>(p, rest, hard);
+    // NaN goes its way through here.
+    const Floats lost = kFlipped ? select(hard, multiply(p, all(0)), lost_of_rest) : lost_of_rest;
+    Floats logarithm;
+    if constexpr (kFlipped) {
+      // Of 2^24 u where u may be subnormal; what lies above has nothing to lose by it.
+      const Mask is_small = is_negative(subtract(u, all(1.17549435e-38f)));
+      const Floats scaled = select(is_small, multiply(u, all(16777216.0f)), u);
+      const Floats shift = select(is_small, all(16.6355323f), all(0));  // 24 ln 2
+      logarithm = subtract(log_of(scaled, lost), shift);
+    } else {
+      logarithm = log_of(u, lost);  // a difference to 1 is 0 or not subnormal
+    }
+    logarithm = select(is_zero(u), all(-loss.most), logarithm);
+    const Floats limited = maximum(all(-loss.most), logarithm);
+    return valid(p, rest, maximum(all(loss.least), negate(limited)));
+  }
+
+  template <bool kFlipped>
+  MLLOSS_VECTOR Floats derivative(Floats p, Mask hard) const {
+    const Floats rest = subtract(all(1), p);
+    Floats slope = divide(all(1), maximum(all(1e-12f), side_of<kFlipped>(p, rest, hard)));
+    if (loss.eps > 0) {
+      const Floats eps = all(loss.eps);
+      slope = select(is_negative(subtract(p, eps)), all(0), slope);
+      slope = select(is_negative(subtract(rest, eps)), all(0), slope);
+    }
+    slope = valid(p, rest, slope);
+    return kFlipped ? flip_sign(hard, slope) : slope;
+  }
+};
+
 // The sum of a loss over a tile, for hard targets.
 template <class Stored, class Loss>
-MLLOSS_VECTOR void sum_over_tile(const Tile<float>& tile, const float* weight, const Loss& loss,
+MLLOSS_VECTOR void sum_over_tile(const Tile<float>& tile, const Factors& factors, const Loss& loss,
                                  LossSum* loss_sum) {
   Floats sum[kVectors];
   MLLOSS_FOR_VECTORS (j) sum[j] = all(0);
   for_groups<false, Stored>(tile, Nothing{}, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
     Floats x[kVectors];
     load_group(group.logits, x);
-    if (group.hard == 0 && weight == nullptr && loss.is_zero_for(x)) return;
-    const FactorsOfGroup own = factors_of({weight, nullptr}, group);
+    if (group.hard == 0 && factors.weight == nullptr && loss.is_zero_for(x)) return;
+    const FactorsOfGroup own = factors_of(factors, group);
     with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
       MLLOSS_FOR_VECTORS (j) {
         const Mask hard = mask_from(group.hard, j);
         Floats value = loss.template value<needs.flipped>(x[j], hard);
-        value = own.template times<false>(j, hard, value);
+        value = own.template times<needs.flipped>(j, hard, value);
         if (needs.masked) value = keep(mask_from(group.observed, j), value);
         sum[j] = add(sum[j], value);
       }
@@ -643,7 +702,7 @@ MLLOSS_VECTOR void sum_over_tile(const Tile<float>& tile, const float* weight, c
 }
 
 template <class Stored, class Loss>
-MLLOSS_VECTOR void gradients_over_tile(const Tile<float>& tile, const float* weight,
+MLLOSS_VECTOR void gradients_over_tile(const Tile<float>& tile, const Factors& factors,
                                        const Loss& loss, float scale, bool stream,
                                        void* gradients) {
   auto* out = static_cast<Stored*>(gradients);
@@ -653,18 +712,18 @@ MLLOSS_VECTOR void gradients_over_tile(const Tile<float>& tile, const float* wei
       tile, Zeros<Stored>{stream, out}, [&](const Group<Stored>& group) MLLOSS_VECTOR_LAMBDA {
         Floats x[kVectors];
         load_group(group.logits, x);
-        if (group.hard == 0 && weight == nullptr && scale == scale && loss.is_zero_for(x)) {
+        if (group.hard == 0 && factors.weight == nullptr && scale == scale && loss.is_zero_for(x)) {
           MLLOSS_FOR_VECTORS (j) x[j] = all(0);
           store_group(x, group.begin, group.count, stream, out);
           return;
         }
-        const FactorsOfGroup own = factors_of({weight, nullptr}, group);
+        const FactorsOfGroup own = factors_of(factors, group);
         with_needs(group, [&](auto needs) MLLOSS_VECTOR_LAMBDA {
           MLLOSS_FOR_VECTORS (j) {
             const Mask hard = mask_from(group.hard, j);
             Floats value =
                 multiply(all(scale), loss.template derivative<needs.flipped>(x[j], hard));
-            value = own.template times<false>(j, hard, value);
+            value = own.template times<needs.flipped>(j, hard, value);
             x[j] = needs.masked ? keep(mask_from(group.observed, j), value) : value;
           }
           store_group(x, group.begin, group.count, stream, out);
@@ -898,22 +957,23 @@ MLLOSS_KERNEL void weighted_softplus_gradients(const Tile<float>& tile, const Fa
 
 // sum and gradients of a loss, by the name of its functions.
 #define MLLOSS_VECTOR_LOSS(name, Loss, Constants)                                           \
-  MLLOSS_KERNEL void name##_sum(const Tile<float>& tile, const float* weight,               \
+  MLLOSS_KERNEL void name##_sum(const Tile<float>& tile, const Factors& factors,            \
                                 const Constants& constants, LossSum* sum) {                 \
     dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                  \
-      sum_over_tile<decltype(stored)>(tile, weight, Loss{constants}, sum);                  \
+      sum_over_tile<decltype(stored)>(tile, factors, Loss{constants}, sum);                 \
     });                                                                                     \
   }                                                                                         \
-  MLLOSS_KERNEL void name##_gradients(const Tile<float>& tile, const float* weight,         \
+  MLLOSS_KERNEL void name##_gradients(const Tile<float>& tile, const Factors& factors,      \
                                       const Constants& constants, float scale, bool stream, \
                                       void* gradients) {                                    \
     dispatch(tile, [&](auto stored) MLLOSS_VECTOR_LAMBDA {                                  \
-      gradients_over_tile<decltype(stored)>(tile, weight, Loss{constants}, scale, stream,   \
+      gradients_over_tile<decltype(stored)>(tile, factors, Loss{constants}, scale, stream,  \
                                             gradients);                                     \
     });                                                                                     \
   }
 MLLOSS_VECTOR_LOSS(focal, FocalLoss, FocalConstants)
 MLLOSS_VECTOR_LOSS(asymmetric, AsymmetricLoss, AsymmetricConstants)
+MLLOSS_VECTOR_LOSS(probability, ProbabilityLoss, ProbabilityConstants)
 #undef MLLOSS_VECTOR_LOSS
 
 MLLOSS_KERNEL bool exponential_sums_of_part(const Tile<float>& tile, RunningSums* sums) {
@@ -982,6 +1042,8 @@ constexpr VectorKernels kKernels = {
     focal_gradients,
     asymmetric_sum,
     asymmetric_gradients,
+    probability_sum,
+    probability_gradients,
     exponential_sums,
     exponential_gradients,
     count_observed,
