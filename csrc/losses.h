@@ -16,3 +16,7 @@
 #define MLLOSS_ROWWISE_LOSSES(X)            \
   X(multilabel_categorical_crossentropy, 1) \
   X(multilabel_ranking_loss, 0)
+
+// MLLOSS_ROW_SUMS(X) expands X(name, 0) for what has the arguments of such a loss, and a forward
+// pass alone: the two sums of a row, for rows that come in parts.
+#define MLLOSS_ROW_SUMS(X) X(row_sums, 0)

@@ -177,6 +177,72 @@ struct RescaleOperator {
   }
 };
 
+// The operator that lets an optimizer take a step.
+template <class Backend>
+struct StepOperator {
+  using Tensor = typename Backend::Tensor;
+  using Optional = std::optional<Tensor>;
+
+  static void step(const Tensor& weight, const Tensor& gradient, const Optional& first,
+                   const Optional& second, const Optional& residual, int64_t rule, int64_t rounding,
+                   double lr, double weight_decay, double momentum, double beta2, double eps,
+                   double gradient_factor, int64_t step, int64_t seed, int64_t first_element) {
+    StepProblem problem;
+    Backend::check(weight.dim() == 2, "weight must be [rows, columns]");
+    problem.rows = weight.size(0);
+    problem.columns = weight.size(1);
+    problem.element = Backend::element(weight);
+    problem.gradient_element = Backend::element(gradient);
+    problem.rule = static_cast<Rule>(rule);
+    problem.rounding = static_cast<Rounding>(rounding);
+    const Element real = problem.element == Element::kDouble ? Element::kDouble : Element::kFloat;
+    const auto data_of = [&](const Tensor& tensor, int64_t numel, Element element) {
+      Backend::check(tensor.numel() == numel && Backend::element(tensor) == element,
+                     "weight, gradient and states must have matching sizes and dtypes");
+      Backend::check(is_contiguous(tensor), "weight, gradient and states must be contiguous");
+      return tensor.data_ptr();
+    };
+    const int64_t numel = weight.numel();
+    const bool is_low = problem.element == Element::kHalf || problem.element == Element::kBFloat16;
+    Backend::check(is_low || problem.element == real, "weight must be floating point");
+    Backend::check(problem.rounding == Rounding::kNearest || is_low,
+                   "only low precision has a choice of rounding");
+    problem.weight = data_of(weight, numel, problem.element);
+    problem.gradient = data_of(gradient, numel, problem.gradient_element);
+    if (first.has_value()) problem.first = data_of(*first, numel, real);
+    if (second.has_value()) {
+      const int64_t count = problem.rule == Rule::kAdagrad ? problem.rows : numel;
+      problem.second = data_of(*second, count, real);
+    }
+    if (problem.rounding == Rounding::kKahan) {
+      Backend::check(residual.has_value(), "Kahan's rounding needs residuals");
+      problem.residual = data_of(*residual, numel, problem.element);
+    }
+    Backend::check(problem.rule == Rule::kSgd || second.has_value(), "a state is missing");
+    Backend::check(problem.rule != Rule::kAdamW || first.has_value(), "a state is missing");
+    problem.lr = lr;
+    problem.weight_decay = weight_decay;
+    problem.momentum = momentum;
+    problem.beta2 = beta2;
+    problem.eps = eps;
+    problem.gradient_factor = gradient_factor;
+    problem.step = step;
+    problem.seed = static_cast<uint64_t>(seed);
+    problem.first_element = first_element;
+    Backend::optimizer_step(weight, problem);
+  }
+
+ private:
+  static bool is_contiguous(const Tensor& tensor) {
+    int64_t stride = 1;
+    for (int64_t dimension = tensor.dim() - 1; dimension >= 0; --dimension) {
+      if (tensor.size(dimension) > 1 && tensor.stride(dimension) != stride) return false;
+      stride *= tensor.size(dimension);
+    }
+    return true;
+  }
+};
+
 // T, once for every element of a pack of numbers.
 template <std::size_t, class T>
 using Each = T;

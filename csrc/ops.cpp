@@ -70,9 +70,22 @@ STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
   define_rowwise("multilabel_categorical_crossentropy", true);
   define_rowwise("multilabel_ranking_loss", false);
 
+  // The two sums of each row alone (math/row_sums.h), in `sums` [N, 4]; the loss is 0.
+  define("row_sums_out(" + kLabels + "Tensor? weight, " + kReduction +
+         ", Tensor(a!) loss, Tensor(b!) sums, Tensor(c!) scale) -> ()");
+
   // Multiplies a gradient that an operator above has written by grad_output / grad_scale; where
   // that is 1, it neither reads nor writes the gradient.
   define("rescale_(Tensor(a!) gradient, Tensor grad_output, Tensor? grad_scale) -> ()");
+
+  // One step of an optimizer for rows of weights (math/optimizer_step.h). States: momentum (sgd) or
+  // first moment (adamw) [rows, columns]; second moment [rows, columns] (adamw) or squares [rows]
+  // (adagrad); what rounding has left (Kahan) [rows, columns].
+  define(
+      "optimizer_step_(Tensor(a!) weight, Tensor gradient, Tensor(b!)? first, Tensor(c!)? second, "
+      "Tensor(d!)? residual, int rule, int rounding, float lr, float weight_decay, "
+      "float momentum, float beta2, float eps, float gradient_factor, int step, int seed, int "
+      "first_element) -> ()");
 
   // The same losses of dense or packed targets and nothing else (cpu/plain.cpp).
   const std::string labels = "Tensor input, Tensor target, int target_format, ";

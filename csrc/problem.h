@@ -131,6 +131,35 @@ struct RescaleProblem {
   const double* gradient_scale = nullptr;  // 0-d, what it holds already; nullptr = 1
 };
 
+// mlloss_cuda/optimizer.py has the same numbers.
+enum class Rule : int { kSgd = 0, kAdagrad = 1, kAdamW = 2 };
+enum class Rounding : int { kNearest = 0, kStochastic = 1, kKahan = 2 };
+
+// One step of an optimizer, see math/optimizer_step.h. All arrays are contiguous; states and
+// arithmetic are double for double weights, else float.
+struct StepProblem {
+  int64_t rows = 0;
+  int64_t columns = 0;
+  void* weight = nullptr;  // [rows, columns]
+  Element element = Element::kFloat;
+  const void* gradient = nullptr;  // [rows, columns]
+  Element gradient_element = Element::kFloat;
+  void* first = nullptr;     // sgd: momentum, or nullptr; adamw: [rows, columns]
+  void* second = nullptr;    // adamw: [rows, columns]; adagrad: [rows]
+  void* residual = nullptr;  // Rounding::kKahan: [rows, columns], element type of the weight
+  Rule rule = Rule::kSgd;
+  Rounding rounding = Rounding::kNearest;
+  double lr = 0;
+  double weight_decay = 0;
+  double momentum = 0;  // sgd: momentum; adamw: beta1
+  double beta2 = 0;
+  double eps = 0;
+  double gradient_factor = 1;  // what the gradient is multiplied by first
+  int64_t step = 0;            // from 1 on
+  uint64_t seed = 0;           // of stochastic rounding
+  int64_t first_element = 0;   // the number of weight[0] among all weights
+};
+
 inline bool is_dense(const Labels& labels) {
   return labels.data != nullptr && labels.format == Format::kDense;
 }

@@ -1,5 +1,5 @@
 // The CPU kernels, one source file per loss: cpu::<loss>::forward and cpu::<loss>::backward; and
-// cpu::rescale.
+// cpu::rescale, cpu::optimizer_step.
 #pragma once
 #include "losses.h"
 #include "problem.h"
@@ -16,11 +16,13 @@ namespace mlloss::cpu {
 
 MLLOSS_POINTWISE_LOSSES(MLLOSS_DECLARE_POINTWISE)
 MLLOSS_ROWWISE_LOSSES(MLLOSS_DECLARE_ROWWISE)
+MLLOSS_ROW_SUMS(MLLOSS_DECLARE_ROWWISE)  // forward alone
 
 #undef MLLOSS_DECLARE_ROWWISE
 #undef MLLOSS_DECLARE_POINTWISE
 #undef MLLOSS_DECLARE
 
 void rescale(RescaleProblem problem);
+void optimizer_step(const StepProblem& problem);
 
 }  // namespace mlloss::cpu

@@ -438,14 +438,10 @@ void rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output
   reduce_rows<Real>(problem, losses, output);
 }
 
-// Loss: the row loss, with static finish(); `sums` wraps sums_of_tile, `finish_rows` finish_rows,
-// `gradients` gradients_of_tile.
-template <class Loss, class Real, class Sums, class Finish, class Gradients>
-void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums,
-                     const Finish& finish_rows, const Gradients& gradients) {
-  if (output.gradient != nullptr) {
-    return rowwise_one_pass<Loss, Real>(problem, output, sums, finish_rows, gradients);
-  }
+// Loss alone.
+template <class Loss, class Real, class Sums, class Finish>
+void rowwise_losses(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums,
+                    const Finish& finish_rows) {
   const Pieces pieces = pieces_of_rows<Loss, Real>(problem, false);
   auto* statistics = static_cast<RowStatistics<Real>*>(output.statistics);
   std::vector<double> losses(problem.rows);
@@ -479,6 +475,18 @@ void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
     }
   }
   reduce_rows<Real>(problem, losses, output);
+}
+
+// Loss: the row loss, with static finish(); `sums` wraps sums_of_tile, `finish_rows` finish_rows,
+// `gradients` gradients_of_tile.
+template <class Loss, class Real, class Sums, class Finish, class Gradients>
+void rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output, const Sums& sums,
+                     const Finish& finish_rows, const Gradients& gradients) {
+  if (output.gradient != nullptr) {
+    rowwise_one_pass<Loss, Real>(problem, output, sums, finish_rows, gradients);
+  } else {
+    rowwise_losses<Loss, Real>(problem, output, sums, finish_rows);
+  }
 }
 
 template <class Loss, class Real, class Gradients>
@@ -517,49 +525,52 @@ void rowwise_backward(const RowwiseProblem& problem, const BackwardInput& input,
 
 }  // namespace mlloss::cpu
 
-// Defines the kernels of a loss, declared in kernels.h, from its formula, a header in math/: the
-// loops of this file compiled for each instruction set.
-#define MLLOSS_ROWWISE_KERNELS(name, Loss)                                                         \
-  namespace mlloss::cpu {                                                                          \
-  namespace name {                                                                                 \
+// Defines the loops of a loss over sums, compiled for each instruction set.
+#define MLLOSS_ROWWISE_SUMS(name, Loss)                                                            \
+  namespace mlloss::cpu::name {                                                                    \
   MLLOSS_CLONES RowSums<double> sums_loop(const Tile<float>& tile) { return sums_of_tile(tile); }  \
   MLLOSS_CLONES RowSums<double> sums_loop(const Tile<double>& tile) { return sums_of_tile(tile); } \
-  MLLOSS_CLONES void gradients_loop(const Tile<float>& tile,                                       \
-                                    const RowStatistics<float>& statistics, float scale,           \
-                                    float* out) {                                                  \
-    gradients_of_tile(tile, statistics, scale, out);                                               \
-  }                                                                                                \
-  MLLOSS_CLONES void gradients_loop(const Tile<double>& tile,                                      \
-                                    const RowStatistics<double>& statistics, double scale,         \
-                                    double* out) {                                                 \
-    gradients_of_tile(tile, statistics, scale, out);                                               \
-  }                                                                                                \
   MLLOSS_CLONES bool finish_loop(const ShortRowSums& sums, const float* thresholds, int rows,      \
                                  float* losses, RowStatistics<float>* statistics) {                \
     return finish_rows<Loss>(sums, thresholds, rows, losses, statistics);                          \
   }                                                                                                \
-                                                                                                   \
-  void forward(const RowwiseProblem& problem, const ForwardOutput& output) {                       \
-    const auto loop = [](const auto& tile) { return sums_loop(tile); };                            \
-    const auto gradient_loop = [](const auto& tile, const auto& statistics, auto scale,            \
-                                  auto* out) { gradients_loop(tile, statistics, scale, out); };    \
-    if (problem.element == Element::kDouble) {                                                     \
-      rowwise_forward<Loss, double>(problem, output, loop, finish_loop, gradient_loop);            \
-    } else {                                                                                       \
-      rowwise_forward<Loss, float>(problem, output, loop, finish_loop, gradient_loop);             \
-    }                                                                                              \
-  }                                                                                                \
-                                                                                                   \
-  void backward(const RowwiseProblem& problem, const BackwardInput& input,                         \
-                const BackwardOutput& output) {                                                    \
-    const auto loop = [](const auto& tile, const auto& statistics, auto scale, auto* out) {        \
-      gradients_loop(tile, statistics, scale, out);                                                \
-    };                                                                                             \
-    if (problem.element == Element::kDouble) {                                                     \
-      rowwise_backward<Loss, double>(problem, input, output, loop);                                \
-    } else {                                                                                       \
-      rowwise_backward<Loss, float>(problem, input, output, loop);                                 \
-    }                                                                                              \
-  }                                                                                                \
-  }                                                                                                \
+  }
+
+// Defines the kernels of a loss, declared in kernels.h, from its formula, a header in math/.
+#define MLLOSS_ROWWISE_KERNELS(name, Loss)                                                      \
+  MLLOSS_ROWWISE_SUMS(name, Loss)                                                               \
+  namespace mlloss::cpu::name {                                                                 \
+  MLLOSS_CLONES void gradients_loop(const Tile<float>& tile,                                    \
+                                    const RowStatistics<float>& statistics, float scale,        \
+                                    float* out) {                                               \
+    gradients_of_tile(tile, statistics, scale, out);                                            \
+  }                                                                                             \
+  MLLOSS_CLONES void gradients_loop(const Tile<double>& tile,                                   \
+                                    const RowStatistics<double>& statistics, double scale,      \
+                                    double* out) {                                              \
+    gradients_of_tile(tile, statistics, scale, out);                                            \
+  }                                                                                             \
+                                                                                                \
+  void forward(const RowwiseProblem& problem, const ForwardOutput& output) {                    \
+    const auto loop = [](const auto& tile) { return sums_loop(tile); };                         \
+    const auto gradient_loop = [](const auto& tile, const auto& statistics, auto scale,         \
+                                  auto* out) { gradients_loop(tile, statistics, scale, out); }; \
+    if (problem.element == Element::kDouble) {                                                  \
+      rowwise_forward<Loss, double>(problem, output, loop, finish_loop, gradient_loop);         \
+    } else {                                                                                    \
+      rowwise_forward<Loss, float>(problem, output, loop, finish_loop, gradient_loop);          \
+    }                                                                                           \
+  }                                                                                             \
+                                                                                                \
+  void backward(const RowwiseProblem& problem, const BackwardInput& input,                      \
+                const BackwardOutput& output) {                                                 \
+    const auto loop = [](const auto& tile, const auto& statistics, auto scale, auto* out) {     \
+      gradients_loop(tile, statistics, scale, out);                                             \
+    };                                                                                          \
+    if (problem.element == Element::kDouble) {                                                  \
+      rowwise_backward<Loss, double>(problem, input, output, loop);                             \
+    } else {                                                                                    \
+      rowwise_backward<Loss, float>(problem, input, output, loop);                              \
+    }                                                                                           \
+  }                                                                                             \
   }

@@ -1,5 +1,5 @@
 // The launchers of the CUDA kernels, one source file per loss: cuda::<loss>::forward and
-// cuda::<loss>::backward; and cuda::rescale. They take pointers to device memory, enqueue on
+// cuda::<loss>::backward; cuda::rescale and cuda::optimizer_step. They take pointers to device memory, enqueue on
 // `stream` and never synchronise.
 #pragma once
 #include <cuda_runtime_api.h>
@@ -25,11 +25,13 @@ namespace mlloss::cuda {
 
 MLLOSS_POINTWISE_LOSSES(MLLOSS_DECLARE_POINTWISE)
 MLLOSS_ROWWISE_LOSSES(MLLOSS_DECLARE_ROWWISE)
+MLLOSS_ROW_SUMS(MLLOSS_DECLARE_ROWWISE)  // forward alone
 
 #undef MLLOSS_DECLARE_ROWWISE
 #undef MLLOSS_DECLARE_POINTWISE
 #undef MLLOSS_DECLARE
 
 cudaError_t rescale(RescaleProblem problem, cudaStream_t stream);
+cudaError_t optimizer_step(const StepProblem& problem, cudaStream_t stream);
 
 }  // namespace mlloss::cuda

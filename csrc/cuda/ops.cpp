@@ -68,10 +68,19 @@ struct rescale_kernel : TorchTensors {
   }
 };
 
+struct step_kernel : TorchTensors {
+  static void optimizer_step(const Tensor& weight, const StepProblem& problem) {
+    const CudaContext context(weight);
+    check_cuda(cuda::optimizer_step(problem, context.stream()));
+  }
+};
+
 MLLOSS_POINTWISE_LOSSES(MLLOSS_KERNELS)
 MLLOSS_ROWWISE_LOSSES(MLLOSS_KERNELS)
+MLLOSS_ROW_SUMS(MLLOSS_KERNELS)
 MLLOSS_POINTWISE_LOSSES(MLLOSS_POINTWISE_OPERATORS)
 MLLOSS_ROWWISE_LOSSES(MLLOSS_ROWWISE_OPERATORS)
+MLLOSS_ROW_SUMS(MLLOSS_ROWWISE_OPERATORS)
 
 }  // namespace
 }  // namespace mlloss
@@ -84,5 +93,7 @@ STABLE_TORCH_LIBRARY_IMPL(mlloss_cuda, CUDA, m) {
   MLLOSS_POINTWISE_LOSSES(MLLOSS_REGISTER)
   MLLOSS_ROWWISE_LOSSES(MLLOSS_REGISTER)
 #undef MLLOSS_REGISTER
+  m.impl("row_sums_out", TORCH_BOX(&mlloss::row_sums_operators::forward));
+  m.impl("optimizer_step_", TORCH_BOX(&mlloss::StepOperator<mlloss::step_kernel>::step));
   m.impl("rescale_", TORCH_BOX(&mlloss::RescaleOperator<mlloss::rescale_kernel>::rescale));
 }

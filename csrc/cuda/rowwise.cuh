@@ -952,40 +952,64 @@ class RowwiseLauncher {
   const cudaStream_t stream_;
 };
 
+template <class Real>
+RowResults<Real> row_results(const RowwiseProblem& problem, const ForwardOutput& output,
+                             const RowwiseScratch<Real>& scratch) {
+  const bool per_row = problem.reduction == Reduction::kNone;
+  return {static_cast<RowStatistics<Real>*>(output.statistics), scratch.weighted,
+          per_row ? static_cast<Real*>(output.loss) : nullptr};
+}
+
+// Loss alone.
 template <class Loss, class Scalar>
-cudaError_t launch_rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
-                                   void* workspace, cudaStream_t stream) {
+cudaError_t launch_rowwise_losses(const RowwiseProblem& problem, const ForwardOutput& output,
+                                  void* workspace, cudaStream_t stream) {
   using Real = typename Arithmetic<Scalar>::Real;
   const RowwiseScratch<Real> scratch(problem, workspace);
-  const bool per_row = problem.reduction == Reduction::kNone;
-  const RowResults<Real> results{static_cast<RowStatistics<Real>*>(output.statistics),
-                                 scratch.weighted,
-                                 per_row ? static_cast<Real*>(output.loss) : nullptr};
+  const RowResults<Real> results = row_results(problem, output, scratch);
+  const RowwiseLauncher<Loss, Scalar> launcher(problem, {}, stream);
+  const int width = problem.target.format == Format::kObserved ? 0 : short_width<Scalar>(problem);
+  const cudaError_t error = width > 0 ? launcher.short_rows(width, false, results)
+                                      : launcher.losses(0, problem.rows, scratch.sums, results);
+  if (error != cudaSuccess) return error;
+  return launch_total<Real>(problem, scratch.weighted, scratch.partial, output, stream);
+}
+
+// Loss and gradient.
+template <class Loss, class Scalar>
+cudaError_t launch_rowwise_one_pass(const RowwiseProblem& problem, const ForwardOutput& output,
+                                    void* workspace, cudaStream_t stream) {
+  using Real = typename Arithmetic<Scalar>::Real;
+  const RowwiseScratch<Real> scratch(problem, workspace);
   GradientPass<Scalar> pass{};
-  if (output.gradient != nullptr && problem.rows > 0 && problem.columns > 0) {
-    pass.gradient = static_cast<Scalar*>(output.gradient);
-    pass.row_stride = problem.row_stride;
-    pass.threshold = static_cast<Real*>(output.gradient_threshold);
-    pass.grad_output.data = output.gradient_scale;
-    pass.grad_output.element = Element::kDouble;
-    const bool counts =
-        problem.weight.data != nullptr && (problem.reduction == Reduction::kMeanNonzero ||
-                                           problem.reduction == Reduction::kWeightedMean);
-    if (counts) {
-      pass.scale = output.scale;
-      const cudaError_t error =
-          launch_total<Real>(problem, nullptr, scratch.partial, output, stream);
-      if (error != cudaSuccess) return error;
-    }
+  pass.gradient = static_cast<Scalar*>(output.gradient);
+  pass.row_stride = problem.row_stride;
+  pass.threshold = static_cast<Real*>(output.gradient_threshold);
+  pass.grad_output.data = output.gradient_scale;
+  pass.grad_output.element = Element::kDouble;
+  const bool counts =
+      problem.weight.data != nullptr && (problem.reduction == Reduction::kMeanNonzero ||
+                                         problem.reduction == Reduction::kWeightedMean);
+  if (counts) {
+    pass.scale = output.scale;
+    const cudaError_t error = launch_total<Real>(problem, nullptr, scratch.partial, output, stream);
+    if (error != cudaSuccess) return error;
   }
+  const RowResults<Real> results = row_results(problem, output, scratch);
   const RowwiseLauncher<Loss, Scalar> launcher(problem, pass, stream);
   const int width = problem.target.format == Format::kObserved ? 0 : short_width<Scalar>(problem);
   const cudaError_t error = width > 0 ? launcher.short_rows(width, false, results)
-                            : pass.gradient != nullptr
-                                ? launcher.one_pass(scratch.sums, results)
-                                : launcher.losses(0, problem.rows, scratch.sums, results);
+                                      : launcher.one_pass(scratch.sums, results);
   if (error != cudaSuccess) return error;
   return launch_total<Real>(problem, scratch.weighted, scratch.partial, output, stream);
+}
+
+template <class Loss, class Scalar>
+cudaError_t launch_rowwise_forward(const RowwiseProblem& problem, const ForwardOutput& output,
+                                   void* workspace, cudaStream_t stream) {
+  const bool is_one_pass = output.gradient != nullptr && problem.rows > 0 && problem.columns > 0;
+  return is_one_pass ? launch_rowwise_one_pass<Loss, Scalar>(problem, output, workspace, stream)
+                     : launch_rowwise_losses<Loss, Scalar>(problem, output, workspace, stream);
 }
 
 template <class Loss, class Scalar>

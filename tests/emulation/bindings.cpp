@@ -90,10 +90,18 @@ struct rescale_kernel : EmulatedTensors {
   }
 };
 
+struct step_kernel : EmulatedTensors {
+  static void optimizer_step(const Tensor&, const StepProblem& problem) {
+    emulation::check(cuda::optimizer_step(problem, nullptr));
+  }
+};
+
 MLLOSS_POINTWISE_LOSSES(MLLOSS_KERNELS)
 MLLOSS_ROWWISE_LOSSES(MLLOSS_KERNELS)
+MLLOSS_ROW_SUMS(MLLOSS_KERNELS)
 MLLOSS_POINTWISE_LOSSES(MLLOSS_POINTWISE_OPERATORS)
 MLLOSS_ROWWISE_LOSSES(MLLOSS_ROWWISE_OPERATORS)
+MLLOSS_ROW_SUMS(MLLOSS_ROWWISE_OPERATORS)
 
 }  // namespace mlloss
 
@@ -110,6 +118,8 @@ struct pybind11::detail::type_caster<mlloss::TensorView> {
 
 PYBIND11_MODULE(mlloss_emulated, module) {
   mlloss::emulation::bind_controls(module);
+  module.def("row_sums_out", &mlloss::row_sums_operators::forward);
+  module.def("optimizer_step_", &mlloss::StepOperator<mlloss::step_kernel>::step);
   module.def("rescale_", &mlloss::RescaleOperator<mlloss::rescale_kernel>::rescale);
 #define MLLOSS_BIND(name, ...)                                          \
   module.def(#name "_out", &mlloss::name##_operators::forward);         \
