@@ -3,6 +3,7 @@
 from . import compat as compat
 from .build_information import build_info
 from .collate import collate
+from .extreme import ExtremeLinear, extreme_topk
 from .functional import (
     asymmetric_loss,
     binary_cross_entropy,
@@ -17,6 +18,7 @@ from .functional import (
     tversky_loss,
     zlpr_loss,
 )
+from .linear import linear_multilabel_categorical_crossentropy, linear_sigmoid_cross_entropy
 from .metrics import inverse_propensity
 from .modules import (
     AsymmetricLoss,
@@ -32,6 +34,7 @@ from .modules import (
     TverskyLoss,
     ZLPRLoss,
 )
+from .sampling import sampled_linear_loss
 from .targets import PackedLabels, SparseLabels, debug_checks
 from .weights import pos_weight_from_counts
 
@@ -41,6 +44,7 @@ __all__ = [
     "AsymmetricLoss",
     "BinaryCrossEntropyLoss",
     "DiceLoss",
+    "ExtremeLinear",
     "LSEPLoss",
     "MultilabelCategoricalCrossentropy",
     "MultilabelMarginLoss",
@@ -58,13 +62,17 @@ __all__ = [
     "collate",
     "debug_checks",
     "dice_loss",
+    "extreme_topk",
     "inverse_propensity",
+    "linear_multilabel_categorical_crossentropy",
+    "linear_sigmoid_cross_entropy",
     "lsep_loss",
     "multilabel_categorical_crossentropy",
     "multilabel_margin_loss",
     "multilabel_ranking_loss",
     "multilabel_softmax_cross_entropy",
     "pos_weight_from_counts",
+    "sampled_linear_loss",
     "sigmoid_cross_entropy",
     "sigmoid_focal_loss",
     "tversky_loss",

@@ -129,6 +129,13 @@ def nonnegative_number(value: float, name: str) -> float:
     return float(value)
 
 
+def positive_number(value: float, name: str) -> float:
+    """Check a finite number above 0."""
+    if nonnegative_number(value, name) == 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return float(value)
+
+
 def clip_below_one(clip: float) -> float:
     """Check the margin of the asymmetric loss."""
     if not _is_number(clip):
@@ -349,6 +356,12 @@ def overwriting(
         )
     _check_rows_can_be_written(input, name)
     return Overwriting(_as_grad_scale(grad_scale, input))
+
+
+def gradient_scale(grad_scale: Tensor | float, input: Tensor) -> Tensor | None:
+    """Check what is to be expected from above: 0-d fp64, or None for 1."""
+    _check_grad_scale(grad_scale, input)
+    return _as_grad_scale(grad_scale, input)
 
 
 def _check_grad_scale(grad_scale: Tensor | float, input: Tensor) -> None:

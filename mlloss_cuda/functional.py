@@ -823,7 +823,7 @@ def _backend(native: bool, overwriting: Overwriting | None) -> Any:
     """Return what holds the functions that compute: a module, or an object in its place."""
     if overwriting is None:
         return ops if native else reference
-    return ops.OverInput(overwriting) if native else inplace.Reference(overwriting)
+    return ops.over_input(overwriting.grad_scale) if native else inplace.Reference(overwriting)
 
 
 def _is_native(

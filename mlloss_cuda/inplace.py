@@ -175,8 +175,6 @@ class Reference:
         self._grad_scale = overwriting.grad_scale
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        formula = getattr(reference, name)
-
         def call(
             input: Tensor,
             target: Labels,
@@ -193,32 +191,55 @@ class Reference:
             loss = input.new_empty((), dtype=reference.compute_dtype(input))
 
             def compute(rows: Tensor) -> Tensor | None:
-                x, own = rows.detach().requires_grad_(), dict(options)
-                variables = [x]
-                if threshold is not None:
-                    own["threshold"] = threshold.detach().requires_grad_()
-                    variables.append(own["threshold"])
-                with torch.enable_grad():
-                    value = formula(x, target, mask, **own)
-                scale = torch.ones_like(value)
-                if self._grad_scale is not None:
-                    scale.copy_(self._grad_scale)
-                gradients = torch.autograd.grad(value, variables, scale)
-                loss.copy_(value.detach())
-                rows.copy_(gradients[0])
-                return gradients[1] if threshold is not None else None
+                value, grad_threshold = overwrite(
+                    *(name, rows, target, mask, self._grad_scale),
+                    threshold=threshold,
+                    **options,
+                )
+                loss.copy_(value)
+                return grad_threshold
 
             return loss_over_input(
                 *(name, input, threshold, loss),
                 compute=compute,
-                rescale=_rescale,
+                rescale=rescale,
                 grad_scale=self._grad_scale,
             )
 
         return call
 
 
-def _rescale(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> None:
+def overwrite(
+    name: str,
+    rows: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    grad_scale: Tensor | None,
+    *,
+    threshold: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Write grad_scale times the gradient of a loss over `rows`, outside autograd.
+
+    Returns the loss, and the gradient of the threshold, if there is one.
+    """
+    x = rows.detach().requires_grad_()
+    variables = [x]
+    if threshold is not None:
+        options["threshold"] = threshold.detach().requires_grad_()
+        variables.append(options["threshold"])
+    with torch.enable_grad():
+        loss: Tensor = getattr(reference, name)(x, target, mask, **options)
+    scale = torch.ones_like(loss)
+    if grad_scale is not None:
+        scale.copy_(grad_scale)
+    gradients = torch.autograd.grad(loss, variables, scale)
+    rows.copy_(gradients[0])
+    return loss.detach(), gradients[1] if threshold is not None else None
+
+
+def rescale(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> None:
+    """Multiply a gradient in place by grad_output / grad_scale; zeros stay."""
     factor = grad_output.double()
     if grad_scale is not None:
         factor = factor / grad_scale

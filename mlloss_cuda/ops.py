@@ -204,6 +204,25 @@ class _Loss:
             padded[1 + _LABEL_ARGUMENTS] = gradients[1]
         return tuple(padded)
 
+    def overwrite(
+        self,
+        rows: Tensor,
+        arguments: tuple[Any, ...],
+        grad_scale: Tensor | None,
+        results: tuple[Tensor, ...],
+    ) -> Tensor | None:
+        """Fill `results`, and write grad_scale times the gradient over `rows`, outside autograd.
+
+        Returns the gradient of the threshold, if there is one.
+        """
+        kernel = getattr(_kernels_for(rows), f"{self.name}_inplace_out")
+        if not self.has_threshold:
+            kernel(rows, *arguments, grad_scale, *results)
+            return None
+        grad_threshold = torch.empty(rows.shape[0], dtype=results[0].dtype, device=rows.device)
+        kernel(rows, *arguments, grad_scale, *results, grad_threshold)
+        return grad_threshold
+
     def over_input(
         self, input: Tensor, arguments: tuple[Any, ...], grad_scale: Tensor | None
     ) -> Tensor:
@@ -212,25 +231,14 @@ class _Loss:
             raise self.no_transform()
         _check_listed(arguments, input.shape[1])
         arguments = inplace.apart_from(input, arguments)
-        loss, *rest = self.results(input, arguments[-1])
-        kernels = _kernels_for(input)
-
-        def compute(rows: Tensor) -> Tensor | None:
-            kernel = getattr(kernels, f"{self.name}_inplace_out")
-            if not self.has_threshold:
-                kernel(rows, *arguments, grad_scale, loss, *rest)
-                return None
-            grad_threshold = torch.empty(rows.shape[0], dtype=loss.dtype, device=rows.device)
-            kernel(rows, *arguments, grad_scale, loss, *rest, grad_threshold)
-            return grad_threshold
-
+        results = self.results(input, arguments[-1])
         return inplace.loss_over_input(
             self.name,
             input,
             arguments[_LABEL_ARGUMENTS] if self.has_threshold else None,
-            loss,
-            compute=compute,
-            rescale=kernels.rescale_,
+            results[0],
+            compute=lambda rows: self.overwrite(rows, arguments, grad_scale, results),
+            rescale=_kernels_for(input).rescale_,
             grad_scale=grad_scale,
         )
 
@@ -412,6 +420,18 @@ LOSSES = {
     )
 }
 
+# What is done with logits and the other arguments of an operator, in the place of calling it.
+Run = Callable[[_Loss, Tensor, tuple[Any, ...]], Any]
+
+
+def _run(
+    run: Run | None, name: str, input: Tensor, arguments: tuple[Any, ...], *, differentiable: bool
+) -> Any:
+    if run is not None:
+        return run(LOSSES[name], input, arguments)
+    return LOSSES[name](input, arguments, differentiable=differentiable)
+
+
 # The functions below take checked arguments, logits ``[N, C]``; reference.py has the same ones.
 
 
@@ -427,7 +447,7 @@ def _pointwise(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
-    overwriting: inplace.Overwriting | None = None,
+    run: Run | None = None,
 ) -> Tensor:
     """Call a loss that is a sum over elements; `own` is what its schema has behind the weight."""
     arguments = (
@@ -439,9 +459,7 @@ def _pointwise(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
-    if overwriting is not None:
-        return LOSSES[name].over_input(input, arguments, overwriting.grad_scale)
-    return LOSSES[name](input, arguments, differentiable=input.requires_grad)
+    return _run(run, name, input, arguments, differentiable=input.requires_grad)
 
 
 def sigmoid_cross_entropy(
@@ -520,7 +538,7 @@ def multilabel_categorical_crossentropy(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
-    overwriting: inplace.Overwriting | None = None,
+    run: Run | None = None,
 ) -> Tensor:
     """Run the native ZLPR, threshold ``[N]``."""
     arguments = (
@@ -531,13 +549,9 @@ def multilabel_categorical_crossentropy(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
-    if overwriting is not None:
-        return LOSSES["multilabel_categorical_crossentropy"].over_input(
-            input, arguments, overwriting.grad_scale
-        )
-    return LOSSES["multilabel_categorical_crossentropy"](
-        input, arguments, differentiable=input.requires_grad or threshold.requires_grad
-    )
+    differentiable = input.requires_grad or threshold.requires_grad
+    name = "multilabel_categorical_crossentropy"
+    return _run(run, name, input, arguments, differentiable=differentiable)
 
 
 def multilabel_ranking_loss(
@@ -549,7 +563,7 @@ def multilabel_ranking_loss(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
-    overwriting: inplace.Overwriting | None = None,
+    run: Run | None = None,
 ) -> Tensor:
     """Run the native ranking loss."""
     arguments = (
@@ -559,21 +573,98 @@ def multilabel_ranking_loss(
         normalizer,
         _reduction_code(reduction, normalizer),
     )
-    if overwriting is not None:
-        return LOSSES["multilabel_ranking_loss"].over_input(
-            input, arguments, overwriting.grad_scale
-        )
-    return LOSSES["multilabel_ranking_loss"](input, arguments, differentiable=input.requires_grad)
+    differentiable = input.requires_grad
+    return _run(run, "multilabel_ranking_loss", input, arguments, differentiable=differentiable)
 
 
-class OverInput:
-    """The functions above, with their gradient written over the logits."""
+class Running:
+    """The functions above, with something else done with their arguments."""
 
-    def __init__(self, overwriting: inplace.Overwriting) -> None:
-        self._overwriting = overwriting
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
-    def __getattr__(self, name: str) -> Callable[..., Tensor]:
-        return functools.partial(globals()[name], overwriting=self._overwriting)
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return functools.partial(globals()[name], run=self._run)
+
+
+def over_input(grad_scale: Tensor | None) -> Running:
+    """Return the functions above, with their gradient written over the logits."""
+    return Running(lambda loss, input, arguments: loss.over_input(input, arguments, grad_scale))
+
+
+# ---- Logits of which there is a part at a time (linear.py): outside autograd ---------------------
+
+
+def over_part(grad_scale: Tensor | None) -> Running:
+    """Return the functions above, with loss and threshold's gradient or None as their result.
+
+    They write grad_scale times the gradient over the logits.
+    """
+
+    def run(loss: _Loss, input: Tensor, arguments: tuple[Any, ...]) -> Any:
+        results = loss.results(input, arguments[-1])
+        return results[0], loss.overwrite(input, arguments, grad_scale, results)
+
+    return Running(run)
+
+
+def denominators() -> Running:
+    """Return the functions above, with the denominator of their reduction as result, 0-d fp64."""
+
+    def run(loss: _Loss, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        scale = loss.forward(input, arguments)[-1]
+        return torch.where(scale == 0, scale, 1 / scale)
+
+    return Running(run)
+
+
+def rescale(gradient: Tensor, grad_output: Tensor, grad_scale: Tensor | None) -> None:
+    """Multiply a gradient ``[N, C]`` in place by grad_output / grad_scale."""
+    _kernels_for(gradient).rescale_(gradient, grad_output, grad_scale)
+
+
+def optimizer_step_(weight: Tensor, *arguments: Any) -> None:
+    """Take a step, see ``optimizer.take_step``."""
+    _kernels_for(weight).optimizer_step_(weight, *arguments)
+
+
+def row_sums(
+    input: Tensor, target: Labels, mask: Labels | None, ignore_index: float | None
+) -> Tensor:
+    """Return the two sums of each row, as :func:`reference.row_sums` does."""
+    like = LOSSES["multilabel_ranking_loss"]
+    reduction = REDUCTION_CODES["sum"]
+    loss, sums, scale = like.results(input, reduction)
+    arguments = (*_flat(target, mask), ignore_index, None, None, reduction)
+    _kernels_for(input).row_sums_out(input, *arguments, loss, sums, scale)
+    return sums
+
+
+def zlpr_gradient_over(
+    input: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    ignore_index: float | None,
+    statistics: Tensor,
+    grad_rows: Tensor,
+) -> None:
+    """Write the gradient over contiguous logits, as :func:`reference.zlpr_gradient_over` does."""
+    rows = grad_rows.shape[0]
+    threshold = grad_rows.new_zeros(()).expand(rows)  # its part of the gradient is not wanted
+    _kernels_for(input).multilabel_categorical_crossentropy_backward_out(
+        grad_rows,
+        torch.ones((), dtype=torch.float64, device=input.device),
+        statistics,
+        input,
+        *_flat(target, mask),
+        ignore_index,
+        threshold,
+        None,
+        None,
+        REDUCTION_CODES["none"],
+        input,
+        torch.empty_like(grad_rows),
+    )
 
 
 def _load() -> None:

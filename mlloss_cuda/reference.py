@@ -512,6 +512,76 @@ def multilabel_ranking_loss(
     return reduce_loss(loss, None, weight, reduction, normalizer)
 
 
+# ---- Rows of which there is a part at a time -----------------------------------------------------
+
+
+def denominator(
+    input: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    *,
+    weight: Tensor | None,
+    ignore_index: float | None,
+    reduction: str,
+) -> Tensor:
+    """Return what a pointwise loss is divided by in `reduction`: 0-d fp64."""
+    _, _, observed = used_elements(input, target, mask, ignore_index)
+    if reduction == "mean" or weight is None:
+        counted = torch.ones_like(input, dtype=torch.bool) if observed is None else observed
+    else:
+        counted = valid_constant(weight, compute_dtype(input))
+        if observed is not None:
+            counted = torch.where(observed, counted, 0.0)
+        if reduction == "mean_nonzero":
+            counted = counted != 0
+    return counted.sum(dtype=torch.float64)
+
+
+def row_sums(
+    input: Tensor, target: Labels, mask: Labels | None, ignore_index: float | None
+) -> Tensor:
+    """Return A, S, B, T ``[N, 4]``: sum y e^-x = e^A S and sum (1 - y) e^x = e^B T of each row.
+
+    A and B are finite; an empty sum is 0, an infinite one inf.
+    """
+    elements = used_elements(input, target, mask, ignore_index)
+    columns = []
+    for values, factors in zip((-elements.x, elements.x), _sides(elements), strict=True):
+        largest, total = _scaled_sum(values, factors)
+        columns.append(torch.where(largest.isinf(), 0.0, largest))
+        columns.append(torch.where(largest == math.inf, math.inf, total))
+    return torch.stack(columns, dim=1)
+
+
+def zlpr_gradient_over(
+    input: Tensor,
+    target: Labels,
+    mask: Labels | None,
+    ignore_index: float | None,
+    statistics: Tensor,
+    grad_rows: Tensor,
+) -> None:
+    """Write g (-y k e^(-x - m) + (1 - y) l e^(x - n)) over the logits x of each row.
+
+    Args:
+        input: logits.
+        target: as in the losses.
+        mask: as in the losses.
+        ignore_index: as in the losses.
+        statistics: m, k, n, l of each row, ``[N, 4]``; m and n are not less than any -x and x.
+        grad_rows: g, ``[N]``.
+    """
+    elements = used_elements(input, target, mask, ignore_index, grad_rows[:, None])
+    shift, factor, negative_shift, negative_factor = statistics.unbind(dim=1)
+    positives, negatives = _sides(elements)
+    x, g = elements.x, grad_rows[:, None]
+    positive = -(g * factor[:, None]) * positives * (-x - shift[:, None]).exp()
+    negative = (g * negative_factor[:, None]) * negatives * (x - negative_shift[:, None]).exp()
+    gradient = torch.where(positives == 0, 0.0, positive)
+    gradient += torch.where(negatives == 0, 0.0, negative)
+    input.copy_(torch.where(g == 0, 0.0, gradient))
+
+
 # ---- Losses without kernels ----------------------------------------------------------------------
 
 

@@ -49,11 +49,14 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=page_name)
 
 
 def losses() -> dict[str, Callable[..., Any]]:
-    """The public functions that take an input and a target."""
+    """The public functions that take logits, or the like, and a target."""
     found = {}
     for name in mlloss_cuda.__all__:
         member = getattr(mlloss_cuda, name)
-        if inspect.isfunction(member) and "target" in inspect.signature(member).parameters:
+        if not inspect.isfunction(member):
+            continue
+        parameters = inspect.signature(member).parameters
+        if "target" in parameters and "hidden" not in parameters:
             found[name] = member
     return found
 

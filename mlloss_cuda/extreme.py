@@ -1,0 +1,667 @@
+"""The extreme head: a linear layer over very many labels, trained in the memory of its weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import arguments, linear, reference
+from .linear import HiddenGradient, Layer, Sweep
+from .optimizer import (
+    ROUNDINGS,
+    RULES,
+    HeadOptimizer,
+    State,
+    Step,
+    new_state,
+    state_dtype,
+    take_step,
+)
+from .targets import FLOATING_DTYPES, LabelsLike
+
+# The losses of a head, and whether a single part of the labels saves a product.
+LOSSES = {"sigmoid_cross_entropy": False, "multilabel_categorical_crossentropy": True}
+
+_SHARED_ARGUMENTS = ("weight", "ignore_index", "reduction", "normalizer")
+_LOSS_ARGUMENTS = {
+    "sigmoid_cross_entropy": (*_SHARED_ARGUMENTS, "pos_weight", "label_smoothing"),
+    "multilabel_categorical_crossentropy": (*_SHARED_ARGUMENTS, "threshold"),
+}
+
+_DEFAULT_EPS = {"adagrad": 1e-10, "adamw": 1e-8}
+_DEFAULT_BETAS = (0.9, 0.999)
+
+
+class ExtremeLinear(torch.nn.Module):
+    """Linear layer, multi-label loss and optimizer in one, for up to millions of labels.
+
+    :meth:`loss` goes over the labels part by part: logits, loss, gradient, and the optimizer's step
+    for the weights of that part. Neither all the logits nor the gradient of the weights is ever
+    there, so training takes the memory of weights, optimizer state and one part. What it hands back
+    to autograd is the gradient of ``hidden``.
+
+    The parameters do not require grad: no other optimizer is to step them.
+
+    Args:
+        in_features: d.
+        num_labels: C.
+        bias: whether there is one.
+        dtype: of weight and bias: fp32, bf16, fp16 or fp64. States are fp32 (fp64).
+        optimizer: ``'sgd'`` (state: none, or with momentum 4 bytes per weight), ``'adagrad'``
+            (row-wise: 4 bytes per label), ``'adamw'`` (8 bytes per weight). The formulas are those
+            of torch.optim; adagrad has the mean of a row's squares for all of the row.
+        lr: learning rate.
+        momentum: of sgd.
+        weight_decay: added to the gradient (sgd, adagrad) or decoupled (adamw); not for the bias.
+        betas: of adamw (default 0.9 and 0.999).
+        eps: of adagrad (default 1e-10) and adamw (default 1e-8).
+        rounding: how weights in bf16 and fp16 take steps smaller than their precision:
+            ``'nearest'`` (they do not), ``'stochastic'`` (on average), ``'kahan'`` (what rounding
+            leaves is kept, in as much memory as the weights have).
+        seed: of stochastic rounding, whose random bits depend on seed, step and element alone.
+        device: where to keep everything.
+        chunk: labels of a part; None: see :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
+
+    Attributes:
+        weight: ``[C, d]``.
+        bias: ``[C]`` or None.
+        optimizer: a ``torch.optim.Optimizer`` with the ``param_groups`` of weight and bias, for
+            learning-rate schedulers.
+        steps: how many have been taken.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type or value.
+
+    >>> import torch, mlloss_cuda
+    >>> _ = torch.manual_seed(0)
+    >>> head = mlloss_cuda.ExtremeLinear(8, 1000, optimizer="adagrad", lr=0.1)
+    >>> encoder = torch.nn.Linear(4, 8)
+    >>> labels = mlloss_cuda.SparseLabels.from_lists([[3, 999], [42]])
+    >>> first = head.loss(encoder(torch.ones(2, 4)), labels)
+    >>> first.backward()  # the gradients of the encoder; the head has taken its step
+    >>> head.loss(encoder(torch.ones(2, 4)), labels).item() < first.item()
+    True
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_labels: int,
+        *,
+        bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        optimizer: str = "sgd",
+        lr: float = 0.1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        chunk: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("in_features", in_features), ("num_labels", num_labels)):
+            _check_positive_int(size, name)
+        if chunk is not None:
+            _check_positive_int(chunk, "chunk")
+        arguments.flag(bias, "bias")
+        if dtype not in FLOATING_DTYPES:
+            raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        arguments.one_of(optimizer, "optimizer", tuple(RULES))
+        arguments.one_of(rounding, "rounding", tuple(ROUNDINGS))
+        if rounding != "nearest" and dtype not in (torch.bfloat16, torch.float16):
+            raise ValueError(f"rounding={rounding!r} is for bfloat16 and float16, not for {dtype}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if not 0 <= seed < 1 << 63:
+            raise ValueError(f"seed must be in [0, 2^63), got {seed}")
+        if optimizer != "sgd" and momentum != 0:
+            raise ValueError(f"momentum is for optimizer='sgd', not for {optimizer!r}")
+        if betas is not None and optimizer != "adamw":
+            raise ValueError(f"betas are for optimizer='adamw', not for {optimizer!r}")
+        if eps is not None and optimizer == "sgd":
+            raise ValueError("eps is for optimizer='adagrad' and 'adamw', not for 'sgd'")
+        shared: dict[str, Any] = {"lr": lr}
+        if optimizer == "sgd":
+            shared["momentum"] = momentum
+        else:
+            shared["eps"] = _DEFAULT_EPS[optimizer] if eps is None else eps
+        if optimizer == "adamw":
+            shared["betas"] = _DEFAULT_BETAS if betas is None else betas
+        shared["weight_decay"] = weight_decay
+        _check_group(shared)
+        self.in_features, self.num_labels, self.chunk = in_features, num_labels, chunk
+        self.rule, self.rounding, self.seed, self.steps = optimizer, rounding, seed, 0
+        weight = torch.empty(num_labels, in_features, dtype=dtype, device=device)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.bias: torch.nn.Parameter | None
+        if bias:
+            self.bias = torch.nn.Parameter(weight.new_empty(num_labels), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        groups = [{"params": [self.weight], **shared}]
+        if self.bias is not None:
+            groups.append({"params": [self.bias], **shared, "weight_decay": 0.0})
+        self.optimizer = HeadOptimizer(groups)
+        for name, parameter in self._parameters_by_name():
+            columns = in_features if name == "weight" else 1
+            state = new_state(parameter.view(-1, columns), self.rule, rounding, momentum)
+            for field, tensor in state._asdict().items():
+                self.register_buffer(f"{name}_{field}", tensor)
+        self.reset_parameters()
+        self._accumulates = False
+        # Gradients that wait for the next step: of the weight, and of the bias or None.
+        self._pending: tuple[Tensor, Tensor | None] | None = None
+
+    def reset_parameters(self) -> None:
+        """Draw weights from U(-1/sqrt(d), 1/sqrt(d)), as torch.nn.Linear does; the rest is 0."""
+        bound = self.in_features**-0.5
+        torch.nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+        for state in self.buffers(recurse=False):
+            torch.nn.init.zeros_(state)
+        self.steps = 0
+
+    def extra_repr(self) -> str:
+        """List what the head was made with."""
+        return (
+            f"in_features={self.in_features}, num_labels={self.num_labels}, "
+            f"bias={self.bias is not None}, dtype={self.weight.dtype}, optimizer={self.rule!r}, "
+            f"rounding={self.rounding!r}"
+        )
+
+    # ---- Use ----
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return all logits ``[..., C]`` of ``hidden`` ``[..., d]``: for small cases."""
+        return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+    def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest logits and their labels, see :func:`extreme_topk`."""
+        linear.check_hidden(hidden)
+        hidden = hidden.detach().to(self.weight.dtype)
+        return extreme_topk(hidden, self.weight, self.bias, k, chunk=self.chunk)
+
+    def loss(
+        self,
+        hidden: Tensor,
+        target: LabelsLike,
+        *,
+        loss: str = "sigmoid_cross_entropy",
+        mask: LabelsLike | None = None,
+        grad_scale: Tensor | float = 1.0,
+        loss_scale: float = 1.0,
+        **loss_arguments: Any,
+    ) -> Tensor:
+        """Return the loss, and in training mode take the optimizer's step for weight and bias.
+
+        The step happens in this call, with the gradients of grad_scale times the loss; it does not
+        wait for a backward pass. ``backward()`` hands out the gradient of ``hidden``, multiplied by
+        what comes from above, a scale for low precision (``torch.amp.GradScaler``) included, which
+        the head's own step so does not feel. Where the loss is multiplied by something else before
+        ``backward()``, such as 1 / accumulation steps, that is for ``grad_scale`` to tell.
+
+        In evaluation mode, or where gradients are off, it is the loss alone.
+
+        The call has an effect, so it does not belong into ``torch.utils.checkpoint``, which runs
+        it twice; and numbers that are not finite in a batch reach the weights, whatever a
+        gradient scaler does for the other parameters.
+
+        Args:
+            hidden: ``[..., d]``, floating; converted to the dtype of the weights (that of autocast,
+                if it is on).
+            target: for logits ``[..., C]``, as in :func:`mlloss_cuda.sigmoid_cross_entropy`.
+            loss: ``'sigmoid_cross_entropy'`` or ``'multilabel_categorical_crossentropy'``.
+            mask: as in :func:`mlloss_cuda.sigmoid_cross_entropy`.
+            grad_scale: what the loss will be multiplied by before ``backward()``.
+            loss_scale: what gradients of logits are multiplied by while they are held in low
+                precision, and divided by again: a power of two for fp16, whose smallest number is
+                6e-8. The gradient of the mean over 1000 rows and 1,000,000 labels is below 1e-9.
+            loss_arguments: other arguments of the loss: ``weight``, ``pos_weight``, ``threshold``,
+                ``reduction`` (not ``'none'``), ``normalizer`` and so on.
+
+        Returns:
+            The loss, 0-d, fp32 (fp64 for fp64 weights).
+
+        Raises:
+            TypeError, ValueError: as in :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
+            RuntimeError: from a backward pass with ``create_graph=True``, or a second one.
+        """
+        call = linear.outside_graphs(self._loss)
+        value: Tensor = call(hidden, target, loss, mask, grad_scale, loss_scale, loss_arguments)
+        return value
+
+    def _loss(
+        self,
+        hidden: Tensor,
+        target: LabelsLike,
+        loss: str,
+        mask: LabelsLike | None,
+        grad_scale: Tensor | float,
+        loss_scale: float,
+        loss_arguments: dict[str, Any],
+    ) -> Tensor:
+        arguments.one_of(loss, "loss", tuple(LOSSES))
+        linear.check_hidden(hidden)
+        for name in loss_arguments:
+            if name not in _LOSS_ARGUMENTS[loss]:
+                raise TypeError(f"{name} is no argument of loss={loss!r}")
+        if loss_arguments.get("reduction") == "none":
+            raise ValueError("reduction must not be 'none' here")
+        layer = linear.as_layer(
+            *(hidden.detach().to(self.weight.dtype), self.weight, self.bias, self.chunk),
+            whole_rows=LOSSES[loss],
+        )
+        shape = hidden.shape[:-1]
+        given = linear.stand_in(layer, shape)
+        scale = arguments.gradient_scale(grad_scale, given)
+        arguments.positive_number(loss_scale, "loss_scale")
+        shared = {"mask": mask, **loss_arguments}
+        sweep: Sweep
+        threshold = None
+        if loss == "sigmoid_cross_entropy":
+            sweep = linear.sigmoid_sweep(layer, shape, target, **shared)
+        else:
+            threshold = arguments.row_threshold(shared.pop("threshold", 0.0), given)
+            sweep = linear.zlpr_sweep(layer, shape, target, threshold=threshold, **shared)
+        if loss_scale != 1 or scale is not None:
+            one = torch.ones((), dtype=torch.float64, device=hidden.device)
+            sweep.grad_scale = (one if scale is None else scale) * loss_scale
+        with torch.autocast(hidden.device.type, enabled=False):
+            if not (self.training and torch.is_grad_enabled()):
+                with torch.no_grad():
+                    return sweep(layer, None)[0]
+            # What comes out requires grad whatever went in, so that every loop can call backward().
+            anchor = torch.zeros((), device=hidden.device, requires_grad=True)
+            value: Tensor = _TrainingStep.apply(
+                self, sweep, layer, loss_scale, hidden, threshold, anchor
+            )
+        return value
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Let calls of :meth:`loss` in this context add up gradients, without taking a step.
+
+        The next call outside takes the step with the sum, its own gradients included. Until then
+        the gradients of all weights are kept, in fp32: this is the one thing that takes more memory
+        than a part. Give each call its share, by ``normalizer`` or ``grad_scale``.
+
+        >>> import torch, mlloss_cuda
+        >>> head = mlloss_cuda.ExtremeLinear(2, 5)
+        >>> hidden, labels = torch.ones(1, 2), mlloss_cuda.SparseLabels.from_lists([[3]])
+        >>> with head.accumulate():
+        ...     head.loss(hidden, labels, grad_scale=0.5).mul(0.5).backward()
+        >>> head.loss(hidden, labels, grad_scale=0.5).mul(0.5).backward()
+        >>> head.steps
+        1
+        """
+        before, self._accumulates = self._accumulates, True
+        try:
+            yield
+        finally:
+            self._accumulates = before
+
+    # ---- The step ----
+
+    def _parameters_by_name(self) -> Iterator[tuple[str, Tensor]]:
+        yield "weight", self.weight
+        if self.bias is not None:
+            yield "bias", self.bias
+
+    def _stepper(self, number: int, name: str, loss_scale: float) -> Callable[..., None]:
+        """Return what takes the step for rows [begin, end) of a parameter from their gradient."""
+        parameter: Tensor = getattr(self, name)
+        group = self.optimizer.param_groups[number]
+        state = State(*(getattr(self, f"{name}_{field}") for field in State._fields))
+        group["params"] = [parameter]  # which may have been replaced
+        _check_group(group)
+        momentum = group.get("momentum", 0.0)
+        if momentum != 0 and state.first is None:
+            raise ValueError(
+                f"momentum is {momentum} in the head's param_groups, but the head was made without "
+                "momentum and has no state for it"
+            )
+        if self.rule == "sgd" and momentum == 0:
+            state = state._replace(first=None)
+        if not parameter.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {list(parameter.stride())}")
+        betas = group.get("betas", (momentum, 0.0))
+        low = parameter.dtype in (torch.bfloat16, torch.float16)
+        step = Step(
+            rule=self.rule,
+            rounding=self.rounding if low else "nearest",
+            lr=float(group["lr"]),
+            weight_decay=float(group["weight_decay"]),
+            momentum=float(betas[0]),
+            beta2=float(betas[1]),
+            eps=float(group.get("eps", 0.0)),
+            number=self.steps + 1,
+            seed=self.seed,
+            gradient_factor=1 / loss_scale,
+        )
+        # Random bits belong to elements: those of the bias come behind those of the weight.
+        columns = self.in_features if name == "weight" else 1
+        first = 0 if name == "weight" else self.weight.numel()
+
+        def take(begin: int, end: int, gradient: Tensor) -> None:
+            take_step(
+                parameter[begin:end].view(-1, columns),
+                gradient.view(-1, columns),
+                state.part(begin, end),
+                step,
+                first + begin * columns,
+            )
+
+        return take
+
+    def _train(
+        self, sweep: Sweep, layer: Layer, loss_scale: float, of_hidden: HiddenGradient | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the sweep; return the loss and the gradient of the threshold."""
+        if self._accumulates:
+            return sweep(layer, self._adder(layer, loss_scale, of_hidden))
+        pending = self._pending
+        scale = loss_scale if pending is None else 1.0
+        names = [name for name, _ in self._parameters_by_name()]
+        takes = [self._stepper(number, name, scale) for number, name in enumerate(names)]
+        self.steps, self._pending = self.steps + 1, None
+        memory = torch.empty(
+            layer.step * self.in_features,
+            dtype=linear.weight_gradient_dtype(layer),
+            device=self.weight.device,
+        )
+
+        def use(begin: int, end: int, gradient: Tensor) -> None:
+            if of_hidden is not None:
+                of_hidden.add(begin, end, gradient)  # by the weights before their step
+            of_weight = memory[: (end - begin) * self.in_features].view(end - begin, -1)
+            linear.write_weight_gradient(gradient, layer.hidden, of_weight)
+            gradients = [of_weight]
+            if self.bias is not None:
+                gradients.append(linear.bias_gradient(gradient))
+            for number, own in enumerate(gradients):
+                waiting = None if pending is None else pending[number]
+                if waiting is not None:
+                    own = waiting[begin:end].add_(own, alpha=1 / loss_scale)
+                takes[number](begin, end, own)
+
+        result = sweep(layer, use)
+        self.optimizer.has_stepped()
+        return result
+
+    def _adder(
+        self, layer: Layer, loss_scale: float, of_hidden: HiddenGradient | None
+    ) -> linear.Use:
+        """Return what adds gradients to those that wait for the next step."""
+        if self._pending is None:
+            dtype = reference.compute_dtype(self.weight)
+            bias = None if self.bias is None else torch.zeros_like(self.bias, dtype=dtype)
+            self._pending = torch.zeros_like(self.weight, dtype=dtype), bias
+        weight_sum, bias_sum = self._pending
+
+        def use(begin: int, end: int, gradient: Tensor) -> None:
+            if of_hidden is not None:
+                of_hidden.add(begin, end, gradient)
+            linear.add_weight_gradient(
+                gradient, layer.hidden, weight_sum[begin:end], 1 / loss_scale
+            )
+            if bias_sum is not None:
+                bias_sum[begin:end].add_(linear.bias_gradient(gradient), alpha=1 / loss_scale)
+
+        return use
+
+    # ---- State ----
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return what ``state_dict`` holds beside tensors: hyper-parameters, steps, seed.
+
+        Raises:
+            RuntimeError: gradients wait for their step (:meth:`accumulate`); they would be lost.
+        """
+        if self._pending is not None:
+            raise RuntimeError(
+                "the head has accumulated gradients that wait for the next step, and would not be "
+                "saved: take the state between steps"
+            )
+        groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        return {
+            "optimizer": self.rule,
+            "rounding": self.rounding,
+            "seed": self.seed,
+            "steps": self.steps,
+            "has_first": self.weight_first is not None,
+            "param_groups": groups,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`get_extra_state` has returned.
+
+        Raises:
+            ValueError: it is that of a head made in another way.
+        """
+        self._check_extra_state(state)
+        self.seed, self.steps, self._pending = state["seed"], state["steps"], None
+        for group, saved in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
+            group.update(saved)
+
+    def _check_extra_state(self, state: dict[str, Any]) -> None:
+        groups = state["param_groups"]
+        for what, own, found in (
+            ("optimizer", self.rule, state["optimizer"]),
+            ("rounding", self.rounding, state["rounding"]),
+            ("bias", self.bias is not None, len(groups) > 1),
+            ("momentum", self.weight_first is not None, state["has_first"]),
+        ):
+            if own != found:
+                raise ValueError(f"the state is that of a head with {what}={found}, not {own}")
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """Look at everything before anything changes."""
+        extra = state_dict.get(f"{prefix}_extra_state")
+        if extra is not None:
+            self._check_extra_state(extra)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExtremeLinear:
+        """Move or convert; states keep the dtype that goes with that of the weights."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, parameter in self._parameters_by_name():
+            wanted = state_dtype(parameter)
+            for field in ("first", "second"):
+                state = getattr(self, f"{name}_{field}")
+                if state is not None and state.dtype != wanted:
+                    # Not what has been rounded to the weights' new dtype.
+                    exact = before[f"{name}_{field}"]
+                    exact = state if exact.is_meta else exact
+                    setattr(self, f"{name}_{field}", exact.to(state.device, wanted))
+            residual = getattr(self, f"{name}_residual")
+            if residual is not None and parameter.dtype not in (torch.bfloat16, torch.float16):
+                # What low precision could not hold, these can.
+                parameter.data += residual.view(parameter.shape)
+                residual.zero_()
+        return self
+
+
+class _TrainingStep(torch.autograd.Function):
+    """The loss and the head's step; the backward pass hands out the gradient of hidden."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: ExtremeLinear,
+        sweep: Sweep,
+        layer: Layer,
+        loss_scale: float,
+        hidden: Tensor,
+        threshold: Tensor | None,
+        anchor: Tensor,
+    ) -> Tensor:
+        del threshold, anchor  # the sweep has the one, nobody needs the other
+        ctx.set_materialize_grads(False)
+        of_hidden = HiddenGradient(layer) if ctx.needs_input_grad[4] else None
+        loss, of_threshold = head._train(sweep, layer, loss_scale, of_hidden)
+        ctx.gradients = (
+            None if of_hidden is None else of_hidden.sum,
+            of_threshold if ctx.needs_input_grad[5] else None,
+        )
+        ctx.grad_scale, ctx.shape, ctx.dtype = sweep.grad_scale, hidden.shape, hidden.dtype
+        return loss
+
+    @staticmethod
+    def jvp(*_: Any) -> None:
+        raise RuntimeError("mlloss_cuda.ExtremeLinear.loss has no forward-mode derivative")
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            return (None,) * 7
+        call = "mlloss_cuda.ExtremeLinear.loss"
+        of_hidden, of_threshold = linear.hand_out(ctx, call, grad_output)
+        if of_hidden is not None:
+            of_hidden = of_hidden.to(ctx.dtype).view(ctx.shape)
+        return None, None, None, None, of_hidden, of_threshold, None
+
+
+# ---- Prediction ----------------------------------------------------------------------------------
+
+
+def extreme_topk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    *,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the k largest of the logits ``hidden @ weight.T + bias``, which are never all there.
+
+    Args:
+        hidden: ``[..., d]``, floating.
+        weight: ``[C, d]``, of the dtype of hidden.
+        bias: ``[C]`` or None.
+        k: 1 to C.
+        chunk: as in :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
+
+    Returns:
+        Logits ``[..., k]`` in descending order, of the dtype of hidden (that of autocast, if it is
+        on), and labels ``[..., k]``,
+        int64. Among equal logits the smallest labels come first; NaN counts as largest.
+
+    Raises:
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+
+    >>> import torch, mlloss_cuda
+    >>> weight = torch.tensor([[1.0], [3.0], [3.0], [2.0]])
+    >>> logits, labels = mlloss_cuda.extreme_topk(torch.ones(1, 1), weight, None, 3)
+    >>> labels.tolist()
+    [[1, 2, 3]]
+    """
+    layer = linear.as_layer(hidden, weight, bias, chunk)
+    num_labels = weight.shape[0]
+    _check_positive_int(k, "k")
+    if k > num_labels:
+        raise ValueError(f"k must be at most the number of labels, {num_labels}, got {k}")
+    is_double = layer.hidden.dtype == torch.float64
+    order: type[_OrderOfFloats | _OrderOfDoubles] = _OrderOfDoubles if is_double else _OrderOfFloats
+    best: _Ordered | None = None
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for _, begin, _, logits in layer.logits():
+            found = order.best(order.of(logits, begin), k)
+            best = found if best is None else order.best(_joined(best, found), k)
+        assert best is not None
+        values, labels = order.logits_and_labels(best)
+    shape = (*hidden.shape[:-1], k)
+    return values.to(layer.hidden.dtype).view(shape), labels.view(shape)
+
+
+# [N, labels] that a class below makes, orders and turns into logits and labels again.
+_Ordered = tuple[Tensor, ...]
+
+
+def _joined(a: _Ordered, b: _Ordered) -> _Ordered:
+    return tuple(torch.cat(pair, dim=1) for pair in zip(a, b, strict=True))
+
+
+class _OrderOfFloats:
+    """int64 keys with the order that is wanted, largest first.
+
+    The upper half is the logit: the bits of floats are ordered as their numbers, those of negative
+    ones but for the sign bit in reverse. The lower half makes the smallest label the largest key.
+    """
+
+    @staticmethod
+    def of(logits: Tensor, first_label: int) -> _Ordered:
+        bits = (logits.float() + 0.0).view(torch.int32)  # -0 becomes 0, its equal
+        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        order = torch.where(logits.isnan(), 0x7FFFFFFF, order).to(torch.int64)
+        labels = torch.arange(first_label, first_label + logits.shape[1], device=logits.device)
+        return ((order << 32) | (0xFFFFFFFF - labels),)
+
+    @staticmethod
+    def best(ordered: _Ordered, k: int) -> _Ordered:
+        (keys,) = ordered
+        return (keys.topk(min(k, keys.shape[1]), dim=1).values,)
+
+    @staticmethod
+    def logits_and_labels(ordered: _Ordered) -> tuple[Tensor, Tensor]:
+        (keys,) = ordered
+        order = (keys >> 32).to(torch.int32)
+        bits = order ^ ((order >> 31) & 0x7FFFFFFF)
+        return bits.view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
+
+
+class _OrderOfDoubles:
+    """Logits and labels of fp64, whose bits leave no room for labels: by a sort that is stable."""
+
+    @staticmethod
+    def of(logits: Tensor, first_label: int) -> _Ordered:
+        labels = torch.arange(first_label, first_label + logits.shape[1], device=logits.device)
+        return logits, labels.expand_as(logits)
+
+    @staticmethod
+    def best(ordered: _Ordered, k: int) -> _Ordered:
+        logits, labels = ordered
+        logits, places = logits.sort(dim=1, descending=True, stable=True)
+        return logits[:, :k], labels.gather(1, places[:, :k])
+
+    @staticmethod
+    def logits_and_labels(ordered: _Ordered) -> tuple[Tensor, Tensor]:
+        logits, labels = ordered
+        return logits, labels
+
+
+def _check_positive_int(value: object, name: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Check the hyper-parameters of a group, which may have been changed since the last step."""
+    for name in ("lr", "weight_decay", "eps"):
+        # A tensor, of a scheduler that works with tensors, is not looked at: it may be on a GPU.
+        if name in group and not isinstance(group[name], Tensor):
+            arguments.nonnegative_number(group[name], name)
+    if "momentum" in group:
+        arguments.number_between(group["momentum"], "momentum", 0.0, 1.0)
+    if "betas" in group:
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise TypeError(f"betas must be two numbers, got {betas!r}")
+        for beta in betas:
+            if arguments.number_between(beta, "betas", 0.0, 1.0) == 1:
+                raise ValueError(f"betas must be below 1, got {betas}")

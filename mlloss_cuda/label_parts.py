@@ -1,0 +1,85 @@
+"""Targets and masks cut along the labels, for logits that come in parts."""
+
+from __future__ import annotations
+
+import torch
+
+from .targets import (
+    PACKED,
+    WORD_BITS,
+    Labels,
+    SparseLabels,
+    check_indices,
+    contents_may_be_checked,
+    row_of_entry,
+)
+
+
+def part_width(wanted: int, num_labels: int) -> int:
+    """Round a number of labels up to one at whose multiples every format can be cut."""
+    return max(min(-(-wanted // WORD_BITS) * WORD_BITS, num_labels), 1)
+
+
+class LabelParts:
+    """The columns [0, width), [width, 2 width), ... of a target or mask.
+
+    Dense and packed labels are cut as views. The entries of sparse labels are put in the order of
+    the parts, once and for all of them, without waiting for a GPU.
+    """
+
+    def __init__(self, labels: Labels, num_labels: int, width: int, name: str) -> None:
+        """`width` is what :func:`part_width` returns; `name` is that of the argument.
+
+        Raises:
+            ValueError: label ids out of range, where they may be looked at. Elsewhere they give NaN
+                in their rows, as they do in the losses.
+        """
+        self._labels, self._width = labels, width
+        self._num_labels = num_labels
+        if labels.offsets is not None:
+            check_indices(labels.data, labels.offsets, num_labels, name)
+            self._labels = _in_order_of_parts(labels, num_labels, width)
+            self._num_rows = labels.offsets.shape[0] - 1
+
+    def __getitem__(self, part: int) -> Labels:
+        """The labels of a part, whose ids begin at 0."""
+        labels = self._labels
+        begin = part * self._width
+        end = min(begin + self._width, self._num_labels)
+        if labels.format == PACKED:
+            words = labels.data[:, begin // WORD_BITS : -(-end // WORD_BITS)]
+            return labels._replace(data=words)
+        if labels.offsets is None:
+            return labels._replace(data=labels.data[:, begin:end])
+        offsets = labels.offsets[part * self._num_rows : (part + 1) * self._num_rows + 1]
+        if not contents_may_be_checked(labels.data):
+            return labels._replace(offsets=offsets)
+        first, last = int(offsets[0]), int(offsets[-1])
+        return labels._replace(
+            data=labels.data[first:last],
+            offsets=offsets - first,
+            values=None if labels.values is None else labels.values[first:last],
+        )
+
+
+def _in_order_of_parts(labels: Labels, num_labels: int, width: int) -> Labels:
+    """Sort entries by part, then row: of each row of each part, `offsets` has the boundaries."""
+    indices, offsets, values, _ = labels
+    assert offsets is not None
+    indices, offsets = indices.long(), offsets.long()
+    num_rows, num_parts = offsets.shape[0] - 1, max(-(-num_labels // width), 1)
+    rows, inside = row_of_entry(SparseLabels(indices, offsets))
+    # An id out of range is so in the last part, too.
+    part = (indices // width).clamp(max=num_parts - 1)
+    place = torch.where(inside & (indices >= 0), part * num_rows + rows, num_parts * num_rows)
+    place, order = torch.sort(place, stable=True)
+    boundaries = torch.searchsorted(
+        place, torch.arange(num_parts * num_rows + 1, device=indices.device)
+    )
+    rises = (offsets[1:] >= offsets[:-1]).all()
+    valid = rises & (offsets[0] == 0) & (offsets[-1] == indices.shape[0])
+    return labels._replace(
+        data=(indices - part * width)[order],
+        offsets=torch.where(valid, boundaries, -1),
+        values=None if values is None else values[order],
+    )
