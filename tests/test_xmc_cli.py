@@ -1,8 +1,10 @@
 """The command line, run as a user runs it."""
 
+import contextlib
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -95,6 +97,41 @@ def test_same_command_same_scores(folder, tmp_path):
         for epoch in report["epochs"]:
             del epoch["seconds"]
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("head", ["dense", "extreme"])
+def test_killed_and_resumed(folder, tmp_path, head):
+    """kill -9 in the middle, several times: the bits of the end are those of a run in one go."""
+    arguments = ["train", *files(folder), *QUICK, "--epochs", "6", "--head", head, "--quiet"]
+    if head == "extreme":
+        arguments += ["--weight-dtype", "bf16", "--rounding", "stochastic"]
+    command = [sys.executable, "-m", "mlloss_cuda.xmc", *arguments, "--checkpoint-minutes", "0"]
+    paths = [tmp_path / "killed.pt", tmp_path / "whole.pt"]
+    kills = 0
+    for wanted in (2, 9, 1000):  # states to wait for
+        process = subprocess.Popen(
+            [*command, "--checkpoint", str(paths[0])], stdout=subprocess.DEVNULL
+        )
+        seen = set()
+        while process.poll() is None and len(seen) < wanted:
+            with contextlib.suppress(FileNotFoundError):
+                seen.add(paths[0].stat().st_mtime_ns)
+            time.sleep(0.0005)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
+        process.wait()
+    assert kills >= 1
+    assert process.returncode == 0
+    subprocess.run([*command, "--checkpoint", str(paths[1])], check=True, capture_output=True)
+    states = [torch.load(path, weights_only=True)["state"] for path in paths]
+    assert [e["loss"] for e in states[0]["history"]] == [e["loss"] for e in states[1]["history"]]
+    assert len(states[0]["history"]) == 6
+    models = [state["model"] for state in states]
+    assert models[0].keys() == models[1].keys()
+    for name, value in models[0].items():
+        other = models[1][name]
+        assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
 
 
 def test_headerless_files_and_validation(folder, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Features, model, training and the generated data."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 pytest.importorskip("tqdm", reason="mlloss_cuda.xmc needs tqdm")
 
 from mlloss_cuda.xmc import (
+    CheckpointError,
     Dataset,
     FeatureTransform,
     GeneratorSettings,
@@ -212,6 +214,110 @@ class TestTraining:
         with pytest.raises(ValueError, match="evaluation needs at least one row"):
             fit(data, QUICK, evaluate_on=data.take(np.zeros(0, np.int64)), progress=False)
 
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_an_extreme_head_is_the_same_model(self, tiny, loss):
+        """In fp32 the same losses, but for the order of sums; the same predictions."""
+        train, test = tiny
+        settings = Settings(loss=loss, epochs=3, hidden=32, batch_size=64)
+        dense = fit(train, settings, progress=False)
+        torch.manual_seed(settings.seed)
+        extreme = fit(train, dataclasses.replace(settings, head="extreme"), progress=False)
+        losses = [[epoch.loss for epoch in run.history] for run in (dense, extreme)]
+        # The weights start at other random numbers: the same distribution, drawn elsewhere.
+        np.testing.assert_allclose(losses[0], losses[1], rtol=0.02)
+        own, other = dense.evaluate(test)["P@1"], extreme.evaluate(test)["P@1"]
+        assert abs(own - other) < 8
+        assert extreme.top_k(test, 7).shape == (TINY.test_rows, 7)
+
+    @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "adamw"])
+    @pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+    def test_extreme_heads_in_low_precision(self, tiny, optimizer, rounding):
+        train, _ = tiny
+        rates = {"sgd": 20.0, "adagrad": 0.1, "adamw": None}
+        settings = Settings(
+            loss="sigmoid",
+            epochs=8,
+            hidden=32,
+            batch_size=32,
+            head="extreme",
+            weight_dtype="bf16",
+            optimizer=optimizer,
+            rounding=rounding,
+            head_learning_rate=rates[optimizer],
+        )
+        classifier = fit(train, settings, progress=False)
+        losses = [epoch.loss for epoch in classifier.history]
+        assert losses[-1] < 0.95 * losses[0]
+        assert classifier.model.head.weight.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize("head", ["dense", "extreme"])
+    @pytest.mark.parametrize("stop", [1, 5, 9, 14])
+    def test_going_on_from_a_checkpoint(self, tiny, tmp_path, monkeypatch, head, stop):
+        """Wherever a run ends, the rest of it gives the bits of one that did not."""
+        train, test = tiny
+        settings = Settings(epochs=2, hidden=16, batch_size=64, head=head)
+        whole = fit(train, settings, evaluate_on=test, progress=False)
+        path = tmp_path / "run.pt"
+        options = {"checkpoint": path, "checkpoint_minutes": 0, "progress": False}
+        step, steps = trainer_module._Run.step, []
+
+        def stopping(self, *arguments):
+            if len(steps) == stop:
+                raise KeyboardInterrupt
+            steps.append(None)
+            step(self, *arguments)
+
+        monkeypatch.setattr(trainer_module._Run, "step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            fit(train, settings, evaluate_on=test, **options)
+        monkeypatch.undo()
+        torch.rand(100)  # other random numbers in between
+        resumed = fit(train, settings, evaluate_on=test, **options)
+        for one, two in zip(
+            whole.model.state_dict().values(), resumed.model.state_dict().values(), strict=True
+        ):
+            assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+        assert [e.loss for e in resumed.history] == [e.loss for e in whole.history]
+        assert [e.scores for e in resumed.history] == [e.scores for e in whole.history]
+        # And a run that is complete stays so.
+        again = fit(train, settings, evaluate_on=test, **options)
+        assert [e.loss for e in again.history] == [e.loss for e in whole.history]
+
+    def test_checkpoints_of_other_runs(self, tiny, tmp_path):
+        path = tmp_path / "run.pt"
+        settings = Settings(epochs=1, hidden=8)
+        options = {"checkpoint": path, "progress": False}
+        fit(tiny[0], settings, **options)
+        message = r"run\.pt: the checkpoint of another run: settings seed is 0 there and 1 here"
+        with pytest.raises(CheckpointError, match=message):
+            fit(tiny[0], dataclasses.replace(settings, seed=1), **options)
+        with pytest.raises(CheckpointError, match="another run: data"):
+            fit(tiny[1], settings, **options)
+        content = path.read_bytes()
+        middle = len(content) // 2
+        flipped = content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+        for damaged in (b"", b"nonsense", content[:middle], flipped):
+            path.write_bytes(damaged)
+            with pytest.raises(CheckpointError, match=r"run\.pt: not a readable checkpoint"):
+                fit(tiny[0], settings, **options)
+
+        for other in (torch.ones(2), {"run": [1], "format": 1, "state": {}}):
+            torch.save(other, path)
+            with pytest.raises(CheckpointError, match=r"run\.pt"):
+                fit(tiny[0], settings, **options)
+        for minutes in (-1, float("nan")):
+            with pytest.raises(ValueError, match="checkpoint_minutes"):
+                fit(tiny[0], settings, checkpoint_minutes=minutes, progress=False)
+
+    def test_a_diverged_run_leaves_its_last_good_state(self, tiny, tmp_path):
+        settings = Settings(epochs=3, hidden=8, learning_rate=1e30)
+        options = {"checkpoint": tmp_path / "run.pt", "checkpoint_minutes": 0, "progress": False}
+        with pytest.raises(FloatingPointError):
+            fit(tiny[0], settings, **options)
+        if options["checkpoint"].exists():
+            state = torch.load(options["checkpoint"], weights_only=True)["state"]
+            assert state["total"].isfinite()
+
     def test_divergence_is_reported(self, tiny):
         settings = Settings(epochs=3, hidden=8, learning_rate=1e30)
         with pytest.raises(FloatingPointError, match="lower learning rate"):
@@ -233,6 +339,13 @@ class TestTraining:
         ("learning_rate", float("nan")),
         ("learning_rate", float("inf")),
         ("seed", -1),
+        ("head", "wide"),
+        ("weight_dtype", "fp64"),
+        ("weight_dtype", "bf16"),  # of a dense head
+        ("optimizer", "adam"),
+        ("rounding", "up"),
+        ("rounding", "stochastic"),  # of fp32
+        ("head_learning_rate", 0.0),
     ],
 )
 def test_settings_are_checked(name, value):

@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
+from mlloss_cuda.xmc.checkpoint import CheckpointError
 from mlloss_cuda.xmc.data import DataError, Dataset, read_dataset, read_pair, write_dataset
 from mlloss_cuda.xmc.features import FeatureTransform
 from mlloss_cuda.xmc.generated import GeneratorSettings, generate
@@ -27,6 +28,7 @@ from mlloss_cuda.xmc.model import SparseMLP
 from mlloss_cuda.xmc.trainer import Classifier, Epoch, Settings, fit
 
 __all__ = [
+    "CheckpointError",
     "Classifier",
     "DataError",
     "Dataset",

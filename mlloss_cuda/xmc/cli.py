@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from mlloss_cuda import __version__
+from mlloss_cuda.optimizer import ROUNDINGS, RULES
 from mlloss_cuda.xmc.data import DataError, Dataset, check_writable, read_dataset, read_pair
 from mlloss_cuda.xmc.features import TREATMENTS
 from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
 from mlloss_cuda.xmc.report import make_report, score_table, write_report
-from mlloss_cuda.xmc.trainer import LOSSES, Settings, fit
+from mlloss_cuda.xmc.trainer import HEADS, LOSSES, WEIGHT_DTYPES, Settings, fit
 
 WRONG_INPUT = 2  # exit status, the one argparse uses
 INTERRUPTED = 130  # exit status, the one shells use for Ctrl-C
@@ -77,6 +78,12 @@ def _train(options: argparse.Namespace) -> None:
     settings = _settings(options)
     if options.report is not None:
         check_writable(options.report)  # not only after all the training
+    if options.checkpoint is not None:
+        check_writable(options.checkpoint)
+    if not options.checkpoint_minutes >= 0:
+        raise ValueError(
+            f"--checkpoint-minutes must not be negative, got {options.checkpoint_minutes}"
+        )
     start = time.perf_counter()
     if options.test is not None:
         train, test = read_pair(options.train, options.test)
@@ -90,7 +97,13 @@ def _train(options: argparse.Namespace) -> None:
         f"{train.num_features:,} features, {train.num_labels:,} labels (read in {seconds:.1f} s)",
         flush=True,
     )
-    classifier = fit(train, settings, progress=not options.quiet)
+    classifier = fit(
+        train,
+        settings,
+        progress=not options.quiet,
+        checkpoint=options.checkpoint,
+        checkpoint_minutes=options.checkpoint_minutes,
+    )
     report = make_report(classifier, train, test, classifier.evaluate(test))
     print(score_table([report]))
     if options.report is not None:
@@ -183,6 +196,44 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--loss", choices=LOSSES, default=Settings.loss, help=f"which loss{DEFAULT}")
     train.add_argument("--report", type=Path, metavar="FILE", help="write scores etc. as JSON")
+    train.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="FILE",
+        help="write the state of the run here, and go on from it if it is there",
+    )
+    train.add_argument(
+        "--checkpoint-minutes",
+        type=float,
+        default=5.0,
+        metavar="VALUE",
+        help=f"time between two states, 0: after every step{DEFAULT}",
+    )
+    train.add_argument(
+        "--head",
+        choices=HEADS,
+        default=Settings.head,
+        help="linear layer of torch, or mlloss_cuda.ExtremeLinear, which never holds all logits "
+        f"or the gradient of all weights{DEFAULT}",
+    )
+    for flag, choices, meaning in (
+        ("--weight-dtype", WEIGHT_DTYPES, "dtype of its weights"),
+        ("--optimizer", RULES, "its optimizer"),
+        ("--rounding", ROUNDINGS, "how weights of 16 bits take steps"),
+    ):
+        train.add_argument(
+            flag,
+            choices=tuple(choices),
+            default=getattr(Settings, flag[2:].replace("-", "_")),
+            help=f"with --head extreme, {meaning}{DEFAULT}",
+        )
+    train.add_argument(
+        "--head-lr",
+        dest="head_learning_rate",
+        type=float,
+        metavar="VALUE",
+        help="with --head extreme, its learning rate (default: that of --lr)",
+    )
     _add_settings(train)
 
     demo = commands.add_parser(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +16,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mlloss_cuda import (
+    ExtremeLinear,
     SparseLabels,
     multilabel_categorical_crossentropy,
     sigmoid_cross_entropy,
 )
 from mlloss_cuda.metrics import PrecisionAtK, PropensityScoredPrecisionAtK, inverse_propensity
+from mlloss_cuda.optimizer import ROUNDINGS, RULES
+from mlloss_cuda.xmc.checkpoint import Checkpoint, fingerprint
 from mlloss_cuda.xmc.data import SIZE_LIMIT, Dataset, IntArray, gather_rows
 from mlloss_cuda.xmc.features import TREATMENTS, FeatureTransform
 from mlloss_cuda.xmc.model import SparseMLP
 
 LOSSES = ("zlpr", "sigmoid")
+HEADS = ("dense", "extreme")
+WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPORTED_RANKS = (1, 3, 5)
 WARMUP_SHARE = 0.1  # of the steps, in which the learning rate rises from 0
+FP16_LOSS_SCALE = 2.0**14  # gradients of rare labels are below fp16's smallest number, 2^-24
 EVALUATION_ROWS = 1024  # per batch; only memory depends on it
 EVALUATION_LOGITS = 2**25  # per batch, 128 MiB; with more than 2^15 labels, batches get smaller
 
@@ -48,10 +56,23 @@ class Settings:
     feature_dropout: float = 0.1
     features: str = "auto"
     device: str = "cpu"
+    head: str = "dense"
+    # Of an extreme head, see `mlloss_cuda.ExtremeLinear`.
+    weight_dtype: str = "fp32"
+    optimizer: str = "adamw"
+    head_learning_rate: float | None = None  # None: learning_rate
+    rounding: str = "nearest"
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that makes no sense."""
-        for name, choices in (("loss", LOSSES), ("features", TREATMENTS)):
+        for name, choices in (
+            ("loss", LOSSES),
+            ("features", TREATMENTS),
+            ("head", HEADS),
+            ("weight_dtype", tuple(WEIGHT_DTYPES)),
+            ("optimizer", tuple(RULES)),
+            ("rounding", tuple(ROUNDINGS)),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         for name in ("epochs", "hidden", "batch_size"):
@@ -62,6 +83,17 @@ class Settings:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
+        rate = self.head_learning_rate
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"head_learning_rate must be above 0 and finite, got {rate}")
+        if self.rounding != "nearest" and self.weight_dtype == "fp32":
+            raise ValueError(f"rounding={self.rounding!r} needs weight_dtype 'bf16' or 'fp16'")
+        if self.head == "dense":
+            for field in dataclasses.fields(self):
+                of_extreme = ("weight_dtype", "optimizer", "head_learning_rate", "rounding")
+                value = getattr(self, field.name)
+                if field.name in of_extreme and value != field.default:
+                    raise ValueError(f"{field.name}={value!r} needs head='extreme'")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
 
@@ -90,10 +122,8 @@ class Classifier:
     def top_k(self, dataset: Dataset, k: int) -> Tensor:
         """The ids of the k best labels of each row, best first: int64 [N, min(k, num_labels)]."""
         k = min(k, dataset.num_labels)
-        batches = [
-            torch.topk(logits, k, dim=1).indices.cpu()
-            for logits, _ in _predict(self.model, self.transform.apply(dataset), self.device)
-        ]
+        inputs = self.transform.apply(dataset)
+        batches = [ranked.cpu() for ranked, _ in _predict(self.model, inputs, self.device, k)]
         return torch.cat(batches) if batches else torch.zeros(0, k, dtype=torch.int64)
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
@@ -114,10 +144,13 @@ def fit(
     *,
     evaluate_on: Dataset | None = None,
     progress: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_minutes: float = 5.0,
 ) -> Classifier:
     """Train a model.
 
-    On the CPU, the same data, settings and number of threads give the same bits.
+    On the CPU, the same data, settings and number of threads give the same bits, also where a run
+    was killed and went on from its checkpoint.
 
     Args:
         train: the training rows, at least 3 and with at least one label.
@@ -125,9 +158,13 @@ def fit(
         evaluate_on: rows to compute P@k and PSP@k on after every epoch, for learning curves; at
             least one.
         progress: show a progress bar on stderr.
+        checkpoint: a file that the state of the run is written to; if it is there already, the run
+            goes on from it.
+        checkpoint_minutes: time between two states; 0: after every step.
 
     Raises:
         ValueError: too little data, or a feature treatment that does not fit the data.
+        CheckpointError: the checkpoint is damaged, or belongs to another run.
         FloatingPointError: the loss is no longer finite.
     """
     if train.num_rows < 3:
@@ -136,9 +173,10 @@ def fit(
         raise ValueError("training needs at least one row with a label, got none")
     if evaluate_on is not None and evaluate_on.num_rows == 0:
         raise ValueError("evaluation needs at least one row, got none")
+    if not checkpoint_minutes >= 0:
+        raise ValueError(f"checkpoint_minutes must not be negative, got {checkpoint_minutes}")
     device = torch.device(settings.device)
     torch.manual_seed(settings.seed)
-    shuffle = np.random.default_rng(settings.seed)
 
     counts = torch.from_numpy(train.label_counts())
     propensity = inverse_propensity(counts, train.num_rows)
@@ -146,62 +184,182 @@ def fit(
     inputs = transform.apply(train)
     evaluation_inputs = None if evaluate_on is None else transform.apply(evaluate_on)
 
-    model = SparseMLP(
-        train.num_features,
-        train.num_labels,
-        settings.hidden,
-        settings.dropout,
-        settings.feature_dropout,
-        _initial_bias(settings.loss, counts, train.num_rows),
-    ).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, fused=True)
-    steps_per_epoch = math.ceil(train.num_rows / settings.batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: _learning_rate_factor(step, steps_per_epoch * settings.epochs)
-    )
+    model = _make_model(train, settings, counts).to(device)
+    run = _Run(model, settings, train.num_rows, device)
+    saved = None
+    if checkpoint is not None:
+        identity = {"settings": dataclasses.asdict(settings), "data": fingerprint(train)}
+        saved = Checkpoint(checkpoint, identity, 60 * checkpoint_minutes)
+        state = saved.read()
+        if state is not None:
+            run.load_state_dict(state)
 
-    history: list[Epoch] = []
     with tqdm(
         total=train.num_rows * settings.epochs,
+        initial=run.rows_done,
         unit=" rows",
         unit_scale=True,
         desc=settings.loss,
         disable=not progress,
         mininterval=0.1 if sys.stderr.isatty() else 10,  # keep log files short
     ) as bar:
-        for epoch in range(1, settings.epochs + 1):
+        while run.epoch <= settings.epochs:
             began = time.perf_counter()
+            before = run.seconds
             model.train()
-            total = torch.zeros((), dtype=torch.float64, device=device)
-            order = shuffle.permutation(train.num_rows)
-            for start in range(0, train.num_rows, settings.batch_size):
-                rows = order[start : start + settings.batch_size]
-                features, labels = _batch(inputs, rows, device)
-                loss = _loss(settings.loss, model(*features), labels)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                total += loss.detach() * len(rows)
+            for rows in run.batches():
+                run.step(*_batch(inputs, rows, device), len(rows))
                 bar.update(len(rows))
-            mean = float(total) / train.num_rows
-            seconds = time.perf_counter() - began
+                run.seconds = before + time.perf_counter() - began
+                # A run that has diverged leaves the last good state.
+                if saved is not None and saved.is_due() and bool(run.total.isfinite()):
+                    saved.write(run.state_dict())
+            mean = float(run.total) / train.num_rows
             if not math.isfinite(mean):
                 raise FloatingPointError(
-                    f"the loss became {mean} in epoch {epoch}; try a lower learning rate"
+                    f"the loss became {mean} in epoch {run.epoch}; try a lower learning rate"
                 )
-            bar.set_postfix_str(f"epoch {epoch}/{settings.epochs}, loss {mean:.4f}")
+            bar.set_postfix_str(f"epoch {run.epoch}/{settings.epochs}, loss {mean:.4f}")
             scores = None
             if evaluation_inputs is not None:
                 scores = _evaluate(model, evaluation_inputs, propensity, device)
-            history.append(Epoch(epoch, mean, seconds, scores))
+            run.finish_epoch(mean, scores)
+            if saved is not None and (saved.is_due() or run.epoch > settings.epochs):
+                saved.write(run.state_dict())
+    history = run.history
     return Classifier(
         settings, transform, model, propensity, history, sum(epoch.seconds for epoch in history)
     )
 
 
-def _loss(name: str, logits: Tensor, labels: SparseLabels) -> Tensor:
+def _make_model(train: Dataset, settings: Settings, counts: Tensor) -> SparseMLP:
+    bias = _initial_bias(settings.loss, counts, train.num_rows)
+    head = None
+    if settings.head == "extreme":
+        rate = settings.head_learning_rate
+        head = ExtremeLinear(
+            settings.hidden,
+            train.num_labels,
+            dtype=WEIGHT_DTYPES[settings.weight_dtype],
+            optimizer=settings.optimizer,
+            lr=settings.learning_rate if rate is None else rate,
+            rounding=settings.rounding,
+            seed=settings.seed,
+        )
+    return SparseMLP(
+        train.num_features,
+        train.num_labels,
+        settings.hidden,
+        settings.dropout,
+        settings.feature_dropout,
+        bias,
+        head,
+    )
+
+
+class _Run:
+    """A model in training: everything that a step changes."""
+
+    def __init__(
+        self, model: SparseMLP, settings: Settings, num_rows: int, device: torch.device
+    ) -> None:
+        self.model, self.settings, self.num_rows = model, settings, num_rows
+        self.device = device
+        self.epoch = 1
+        self.done = 0  # rows of this epoch that have been learned from
+        self.seconds = 0.0  # of this epoch
+        self.total = torch.zeros((), dtype=torch.float64, device=device)  # of the losses
+        self.history: list[Epoch] = []
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, fused=True)
+        steps = math.ceil(num_rows / settings.batch_size) * settings.epochs
+        optimizers: list[torch.optim.Optimizer] = [self.optimizer]
+        if isinstance(model.head, ExtremeLinear):
+            optimizers.append(model.head.optimizer)
+        self.schedules = [
+            torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: _learning_rate_factor(step, steps)
+            )
+            for optimizer in optimizers
+        ]
+
+    @property
+    def rows_done(self) -> int:
+        """Of all epochs."""
+        return (self.epoch - 1) * self.num_rows + self.done
+
+    def batches(self) -> Iterator[IntArray]:
+        """The rows of the batches of this epoch that have not been learned from."""
+        shuffle = np.random.default_rng(self.settings.seed)
+        for _ in range(self.epoch):
+            order = shuffle.permutation(self.num_rows)
+        while self.done < self.num_rows:
+            yield order[self.done : self.done + self.settings.batch_size]
+
+    def step(
+        self, features: tuple[Tensor, Tensor, Tensor], labels: SparseLabels, num_rows: int
+    ) -> None:
+        """Learn from a batch."""
+        loss = _loss(self.settings.loss, self.model, features, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        for schedule in self.schedules:
+            schedule.step()
+        self.total += loss.detach() * num_rows
+        self.done += num_rows
+
+    def finish_epoch(self, mean: float, scores: dict[str, float] | None) -> None:
+        """Go on to the next epoch."""
+        self.history.append(Epoch(self.epoch, mean, self.seconds, scores))
+        self.epoch, self.done, self.seconds = self.epoch + 1, 0, 0.0
+        self.total.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it as tensors, numbers, lists and dictionaries."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "epoch": self.epoch,
+            "done": self.done,
+            "seconds": self.seconds,
+            "total": self.total,
+            "history": [dataclasses.asdict(epoch) for epoch in self.history],
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
+            "random": torch.get_rng_state(),
+            "gpu_random": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` has returned."""
+        for name in ("epoch", "done", "seconds"):
+            setattr(self, name, state[name])
+        self.total.copy_(state["total"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+        torch.set_rng_state(state["random"])
+        if state["gpu_random"] is not None:
+            torch.cuda.set_rng_state(state["gpu_random"], self.device)
+
+
+def _loss(
+    name: str, model: SparseMLP, features: tuple[Tensor, Tensor, Tensor], labels: SparseLabels
+) -> Tensor:
     """Mean over the rows; within a row, both losses sum over the labels."""
+    hidden = model.encode(*features)
+    if isinstance(model.head, ExtremeLinear):
+        scale = FP16_LOSS_SCALE if model.head.weight.dtype == torch.float16 else 1.0
+        options: dict[str, Any] = {"loss_scale": scale}
+        if name == "zlpr":
+            options["loss"] = "multilabel_categorical_crossentropy"
+        else:
+            options["reduction"] = "batchmean"
+        return model.head.loss(hidden, labels, **options)
+    logits = model.head(hidden)
     if name == "zlpr":
         return multilabel_categorical_crossentropy(logits, labels)
     return sigmoid_cross_entropy(logits, labels, reduction="batchmean")
@@ -247,15 +405,21 @@ def _batch(
 
 @torch.no_grad()
 def _predict(
-    model: SparseMLP, inputs: Dataset, device: torch.device
+    model: SparseMLP, inputs: Dataset, device: torch.device, k: int
 ) -> Iterator[tuple[Tensor, SparseLabels]]:
-    """Logits and labels, batch by batch; `inputs` has transformed features."""
+    """The k best labels [N, k] and the labels, batch by batch; features are transformed ones."""
     model.eval()
-    batch_rows = min(EVALUATION_ROWS, max(1, EVALUATION_LOGITS // max(inputs.num_labels, 1)))
+    batch_rows = EVALUATION_ROWS
+    if not isinstance(model.head, ExtremeLinear):
+        batch_rows = min(batch_rows, max(1, EVALUATION_LOGITS // max(inputs.num_labels, 1)))
     for start in range(0, inputs.num_rows, batch_rows):
         rows = np.arange(start, min(start + batch_rows, inputs.num_rows))
         features, labels = _batch(inputs, rows, device)
-        yield model(*features), labels
+        hidden = model.encode(*features)
+        if isinstance(model.head, ExtremeLinear):
+            yield model.head.topk(hidden, k)[1], labels
+        else:
+            yield torch.topk(model.head(hidden), k, dim=1).indices, labels
 
 
 def _evaluate(
@@ -264,8 +428,7 @@ def _evaluate(
     most = max(REPORTED_RANKS)
     precision = PrecisionAtK(most)
     weighted = PropensityScoredPrecisionAtK(propensity, most)
-    for logits, labels in _predict(model, inputs, device):
-        ranked = torch.topk(logits, min(most, logits.shape[1]), dim=1).indices
+    for ranked, labels in _predict(model, inputs, device, min(most, inputs.num_labels)):
         precision.update(ranked, labels)
         weighted.update(ranked, labels)
     values = {"P": precision.compute(), "PSP": weighted.compute()}

@@ -1,0 +1,95 @@
+"""Training runs that can be killed at any time and go on with the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mlloss_cuda.xmc.data import Dataset, atomic_file
+
+FORMAT = 1  # of the file
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or belongs to another run; names the file and the reason."""
+
+
+def fingerprint(dataset: Dataset) -> list[int]:
+    """Sizes of a data set, and a checksum of what it holds."""
+    checksum = 0
+    for field in dataclasses.fields(dataset):
+        value = getattr(dataset, field.name)
+        if isinstance(value, np.ndarray):
+            checksum = zlib.crc32(np.ascontiguousarray(value).tobytes(), checksum)
+    return [dataset.num_rows, dataset.num_features, dataset.num_labels, checksum]
+
+
+def _differences(own: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Name, own value and other value of what is not the same in two dictionaries."""
+    if isinstance(own, dict) and isinstance(other, dict):
+        for key in own | other:
+            yield from _differences(own.get(key), other.get(key), f"{name} {key}".strip())
+    elif own != other:
+        yield name, own, other
+
+
+class Checkpoint:
+    """A file that a training run is written to every now and then.
+
+    The file is replaced as a whole: at any time it holds a complete state, the last but one if
+    need be.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], run: dict[str, Any], seconds: float) -> None:
+        """`run` says what belongs together; `seconds` is the time between two states."""
+        self.path, self._run, self._seconds = Path(path), run, seconds
+        self._written = time.monotonic()
+
+    def read(self) -> dict[str, Any] | None:
+        """Return the state to go on from, None if there is no file.
+
+        Raises:
+            CheckpointError: the file is damaged, or belongs to another run.
+        """
+        if not self.path.exists():
+            return None
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                if archive.testzip() is not None:  # torch.load looks at no checksums
+                    raise ValueError("a checksum is wrong")
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            found, version, state = content["run"], content["format"], content["state"]
+        except Exception as error:  # whatever damage makes of a file
+            raise CheckpointError(
+                f"{self.path}: not a readable checkpoint ({type(error).__name__})"
+            ) from error
+        if version != FORMAT:
+            raise CheckpointError(f"{self.path}: format {version}, this version reads {FORMAT}")
+        for what, own, there in _differences(self._run, found):
+            raise CheckpointError(
+                f"{self.path}: the checkpoint of another run: {what} is {there!r} there and "
+                f"{own!r} here; remove it to start anew"
+            )
+        result: dict[str, Any] = state
+        return result
+
+    def is_due(self) -> bool:
+        """Whether it is time to write."""
+        return time.monotonic() - self._written >= self._seconds
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Replace the file, so that neither a kill nor a power cut leaves half of one."""
+        with atomic_file(self.path) as temporary, open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, "run": self._run, "state": state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        self._written = time.monotonic()
