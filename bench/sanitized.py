@@ -4,7 +4,7 @@
 
 Every loss runs forward and backward, and in one pass where it can, in every dtype and label format,
 with rows that start at every alignment, end within a vector, take several tiles, and, in one pass,
-several blocks.
+several blocks. The extreme head trains with every optimizer, rounding and loss.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ import itertools
 import torch
 from cases import COMPARED, Comparison, Inputs
 from losses import LOSSES
+
+from mlloss_cuda import ExtremeLinear, SparseLabels
+from mlloss_cuda.extreme import LOSSES as HEAD_LOSSES
+from mlloss_cuda.optimizer import ROUNDINGS, RULES
 
 ROWS, LABELS = 3, (37, 4999)
 # Few rows of so many labels are spread over clusters of blocks, by losses of whole rows.
@@ -32,6 +36,18 @@ def one_pass(loss: str, logits: torch.Tensor, target: object, mask: object) -> b
     value = function(leaf * 1, target, mask=mask, inplace_backward=True)
     (gradient,) = torch.autograd.grad(value, leaf)
     return bool(torch.isfinite(value) and torch.isfinite(gradient).all())
+
+
+def head_step(rule: str, rounding: str, loss: str, dtype: torch.dtype, device: str) -> bool:
+    """Return whether all is finite after a training step in several parts."""
+    head = ExtremeLinear(
+        17, 101, dtype=dtype, optimizer=rule, rounding=rounding, chunk=32, device=device
+    )
+    hidden = torch.ones(ROWS, 17, dtype=dtype, device=device, requires_grad=True)
+    labels = SparseLabels.from_lists([[1], [50, 100], []]).to(device)
+    value = head.loss(hidden, labels, loss=loss)
+    (gradient,) = torch.autograd.grad(value, hidden)
+    return all(bool(torch.isfinite(tensor).all()) for tensor in (value, gradient, head.weight))
 
 
 def main() -> None:
@@ -56,6 +72,12 @@ def main() -> None:
             if not is_finite:
                 raise SystemExit(f"{case.describe()}: not finite")
             calls += 1
+    for rule, rounding, loss, dtype in itertools.product(
+        RULES, ROUNDINGS, HEAD_LOSSES, (torch.bfloat16, torch.float16)
+    ):
+        if not head_step(rule, rounding, loss, dtype, device):
+            raise SystemExit(f"head, {rule}, {rounding}, {loss}, {dtype}: not finite")
+        calls += 1
     print(f"{calls} losses and gradients, all finite")
 
 

@@ -30,6 +30,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     summary = done.stdout.partition("=== summary")[2]
     assert "ok        benchmark" in summary
+    assert "ok        head" in summary
     assert "ok        plots" in summary or "matplotlib is not installed" in summary
 
     (written,) = tmp_path.glob("gpu-*.json")
