@@ -52,7 +52,8 @@ class ExtremeLinear(torch.nn.Module):
         bias: whether there is one.
         dtype: of weight and bias: fp32, bf16, fp16 or fp64. States are fp32 (fp64).
         optimizer: ``'sgd'`` (state: none, or with momentum 4 bytes per weight), ``'adagrad'``
-            (row-wise: 4 bytes per label), ``'adamw'`` (8 bytes per weight). The formulas are those
+            (row-wise: 4 bytes per label, and for its
+            bias), ``'adamw'`` (8 bytes per weight). The formulas are those
             of torch.optim; adagrad has the mean of a row's squares for all of the row.
         lr: learning rate.
         momentum: of sgd.

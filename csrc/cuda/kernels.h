@@ -1,6 +1,6 @@
 // The launchers of the CUDA kernels, one source file per loss: cuda::<loss>::forward and
-// cuda::<loss>::backward; cuda::rescale and cuda::optimizer_step. They take pointers to device memory, enqueue on
-// `stream` and never synchronise.
+// cuda::<loss>::backward; cuda::rescale and cuda::optimizer_step. They take pointers to device
+// memory, enqueue on `stream` and never synchronise.
 #pragma once
 #include <cuda_runtime_api.h>
 
