@@ -94,11 +94,12 @@ MASKS = (None, "bool", "wide", "sparse", "packed")
 @LOSSES
 @pytest.mark.parametrize(("num_labels", "chunk"), SIZES)
 def test_every_format(backend: Backend, loss: Any, num_labels: int, chunk: int | None) -> None:
-    if backend.name == "emulated" and num_labels > 64 and chunk == 32:
-        pytest.skip("129 parts take minutes there; others have several parts as well")
     case = Case(num_labels).to(backend.device)
     for target_kind, mask_kind in itertools.product(TARGETS, MASKS):
+        # Emulated threads take their time: fewer formats for many labels, fewest in 129 parts.
         if backend.name == "emulated" and num_labels > 64 and mask_kind not in (None, "sparse"):
+            continue
+        if backend.name == "emulated" and chunk == 32 < num_labels and target_kind != "sparse":
             continue
         target = moved(targets_of(case.draw, target_kind)[0], backend.device)
         options = {"mask": moved(masks_of(case.draw, mask_kind)[0], backend.device)}
