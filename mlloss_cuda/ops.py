@@ -683,4 +683,5 @@ if _kernels:
     _library = torch.library.Library("mlloss_cuda", "IMPL")
     for _loss in LOSSES.values():
         _register(_loss)
-    torch.library.register_fake("mlloss_cuda::rescale_", lambda *_: None, lib=_library)
+    for _name in ("rescale_", "row_sums_out", "optimizer_step_"):
+        torch.library.register_fake(f"mlloss_cuda::{_name}", lambda *_: None, lib=_library)

@@ -330,7 +330,7 @@ def sample_labels(
     >>> generator = torch.Generator().manual_seed(0)
     >>> known = sampling.sample_labels(positives, 6, 2, generator=generator)
     >>> known.observed_only, known.offsets.tolist()
-    (True, [0, 3, 7])
+    (True, [0, 2, 6])
     """
     _check_positives(positives)
     _check_count(count, "count")

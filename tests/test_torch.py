@@ -202,7 +202,20 @@ def test_every_operator_of_the_library_is_checked(native: None) -> None:
     }
     of_losses = {f"{loss.name}{suffix}" for loss in NATIVE for suffix in SUFFIXES}
     # The last of them is never traced.
-    assert names == of_losses | {"rescale_", "label_ids_fit"}
+    assert names == of_losses | {"rescale_", "row_sums_out", "optimizer_step_", "label_ids_fit"}
+
+
+def test_operators_for_parts(native: None) -> None:
+    logits = torch.randn(3, 40)
+    target = torch.rand(3, 40) < 0.2
+    results = (torch.empty(()), torch.empty(3, 4), torch.empty((), dtype=torch.float64))
+    arguments = (target, None, None, 0, None, None, 0, None, None, None, 1, *results)
+    torch.library.opcheck(torch.ops.mlloss_cuda.row_sums_out, (logits, *arguments))
+    weight, states = torch.randn(5, 4), (torch.zeros(5, 4), torch.zeros(5, 4), None)
+    numbers = (2, 0, 0.1, 0.01, 0.9, 0.99, 1e-8, 1.0, 1, 0, 0)
+    torch.library.opcheck(
+        torch.ops.mlloss_cuda.optimizer_step_, (weight, torch.randn(5, 4), *states, *numbers)
+    )
 
 
 # Those of plain calls: tests/test_plain.py.
