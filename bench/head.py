@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from losses import published_zlpr
 from torch import Tensor
 
 import mlloss_cuda
@@ -163,20 +164,13 @@ def dense(shape: Shape) -> Step:
     return _with_optimizer(shape, lambda hidden, weight: loss(hidden @ weight.t(), targets))
 
 
-def published_zlpr(logits: Tensor, target: Tensor) -> Tensor:
-    signed = (1 - 2 * target) * logits
-    negative = torch.cat([signed - target * 1e12, torch.zeros_like(signed[:, :1])], dim=1)
-    positive = torch.cat([signed - (1 - target) * 1e12, torch.zeros_like(signed[:, :1])], dim=1)
-    return (negative.logsumexp(1) + positive.logsumexp(1)).mean()
-
-
 def dense_eager(shape: Shape) -> Step:
     target = shape.targets().to_dense(shape.labels).to(DTYPES[shape.dtype])
 
     def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = hidden @ weight.t()
         if shape.loss == "zlpr":
-            return published_zlpr(logits, target)
+            return published_zlpr(logits, target, None)
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
 
     return _with_optimizer(shape, loss_of)

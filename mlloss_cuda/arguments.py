@@ -136,6 +136,17 @@ def positive_number(value: float, name: str) -> float:
     return float(value)
 
 
+def integer(value: object, name: str, least: int) -> int:
+    """Check an int that is at least 0 or 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(
+            f"{name} must {'be positive' if least else 'not be negative'}, got {value}"
+        )
+    return value
+
+
 def clip_below_one(clip: float) -> float:
     """Check the margin of the asymmetric loss."""
     if not _is_number(clip):

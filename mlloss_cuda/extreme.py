@@ -108,9 +108,9 @@ class ExtremeLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("in_features", in_features), ("num_labels", num_labels)):
-            _check_positive_int(size, name)
+            arguments.integer(size, name, 1)
         if chunk is not None:
-            _check_positive_int(chunk, "chunk")
+            arguments.integer(chunk, "chunk", 1)
         arguments.flag(bias, "bias")
         if dtype not in FLOATING_DTYPES:
             raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -572,7 +572,7 @@ def extreme_topk(
     """
     layer = linear.as_layer(hidden, weight, bias, chunk)
     num_labels = weight.shape[0]
-    _check_positive_int(k, "k")
+    arguments.integer(k, "k", 1)
     if k > num_labels:
         raise ValueError(f"k must be at most the number of labels, {num_labels}, got {k}")
     is_double = layer.hidden.dtype == torch.float64
@@ -642,13 +642,6 @@ class _OrderOfDoubles:
     def logits_and_labels(ordered: _Ordered) -> tuple[Tensor, Tensor]:
         logits, labels = ordered
         return logits, labels
-
-
-def _check_positive_int(value: object, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def _check_group(group: dict[str, Any]) -> None:

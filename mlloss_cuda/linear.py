@@ -714,10 +714,8 @@ def as_layer(
             raise ValueError(
                 f"bias must have shape {list(weight.shape[:1])}, got {list(bias.shape)}"
             )
-    if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int)):
-        raise TypeError(f"chunk must be an int or None, got {type(chunk).__name__}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be positive, got {chunk}")
+    if chunk is not None:
+        arguments.integer(chunk, "chunk", 1)
     rows = rows_and_labels(hidden.detach()).to(product_dtype(hidden))
     num_labels = weight.shape[0]
     row_bytes = max(rows.shape[0], 1) * rows.element_size()

@@ -333,10 +333,8 @@ def sample_labels(
     (True, [0, 2, 6])
     """
     _check_positives(positives)
-    _check_count(count, "count")
-    _check_count(num_labels, "num_labels")
-    if num_labels == 0:
-        raise ValueError("num_labels must be positive, got 0")
+    arguments.integer(count, "count", 0)
+    arguments.integer(num_labels, "num_labels", 1)
     rows = positives.num_rows
     if frequencies is None:
         drawn = torch.randint(
@@ -386,7 +384,7 @@ def sample_rows(
     [1.0, 0.0]
     """
     _check_positives(positives)
-    _check_count(count, "count")
+    arguments.integer(count, "count", 0)
     labels = positives.indices.long().repeat_interleave(count)
     rows = torch.randint(
         max(positives.num_rows, 1), labels.shape, generator=generator, device=labels.device
@@ -455,7 +453,7 @@ def log_inclusion(probabilities: Tensor, count: int) -> Tensor:
     """
     if not isinstance(probabilities, Tensor):
         raise TypeError(f"probabilities must be a tensor, got {type(probabilities).__name__}")
-    _check_count(count, "count")
+    arguments.integer(count, "count", 0)
     probabilities = probabilities.double()
     if contents_may_be_checked(probabilities) and not bool(
         ((probabilities >= 0) & (probabilities <= 1)).all()
@@ -508,13 +506,6 @@ def _check_positives(positives: SparseLabels) -> None:
         raise ValueError(
             "positives must list positives and nothing else: without values and observed_only"
         )
-
-
-def _check_count(count: int, name: str) -> None:
-    if isinstance(count, bool) or not isinstance(count, int):
-        raise TypeError(f"{name} must be an int, got {type(count).__name__}")
-    if count < 0:
-        raise ValueError(f"{name} must not be negative, got {count}")
 
 
 def _with_negatives(positives: SparseLabels, drawn: Tensor) -> SparseLabels:
