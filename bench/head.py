@@ -14,6 +14,7 @@ gradient of the hidden states. Contestants take turns, and the median of the rou
   crossentropy, which return the gradient of all weights, and torch's SGD
 - dense, this loss: torch's linear layer, the loss of its logits by this library, torch's SGD
 - dense, eager: the same with torch's own loss, by dense targets
+- dense, compiled: that one's layer and loss by torch.compile, whose compiler counts in the peak
 - parts, eager: a loop over parts of the labels in plain torch, with the same SGD
 
 Peak memory is that of a process of its own for each contestant, everything included: on a CPU
@@ -164,7 +165,7 @@ def dense(shape: Shape) -> Step:
     return _with_optimizer(shape, lambda hidden, weight: loss(hidden @ weight.t(), targets))
 
 
-def dense_eager(shape: Shape) -> Step:
+def _dense_of_torch(shape: Shape) -> Callable[[Tensor, Tensor], Tensor]:
     target = shape.targets().to_dense(shape.labels).to(DTYPES[shape.dtype])
 
     def loss_of(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -173,7 +174,15 @@ def dense_eager(shape: Shape) -> Step:
             return published_zlpr(logits, target, None)
         return torch.nn.functional.binary_cross_entropy_with_logits(logits, target)
 
-    return _with_optimizer(shape, loss_of)
+    return loss_of
+
+
+def dense_eager(shape: Shape) -> Step:
+    return _with_optimizer(shape, _dense_of_torch(shape))
+
+
+def dense_compiled(shape: Shape) -> Step:
+    return _with_optimizer(shape, torch.compile(_dense_of_torch(shape), dynamic=False))
 
 
 def parts_eager(shape: Shape) -> Step:
@@ -212,6 +221,7 @@ CONTESTANTS: dict[str, Callable[[Shape], Step]] = {
     "fused loss, torch.optim": fused,
     "dense, this loss": dense,
     "dense, eager": dense_eager,
+    "dense, compiled": dense_compiled,
     "parts, eager": parts_eager,
 }
 OUT_OF_PLACE = {"zlpr": ("parts, eager",)}  # a loop over parts has no ZLPR in a single sweep

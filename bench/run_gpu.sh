@@ -103,7 +103,7 @@ else
 fi
 
 # What follows the benchmark gets what it leaves.
-bench_seconds=$((TOTAL_SECONDS - SECONDS - 220))
+bench_seconds=$((TOTAL_SECONDS - SECONDS - 260))
 if [ "$dry_run" = 1 ]; then
   step "benchmark, tiny" 120 "$PYTHON" bench/gpu.py --device cpu --tiny --no-compile \
     --losses sigmoid focal --dtypes bf16 --output "$output"
@@ -117,7 +117,7 @@ if [ "$dry_run" = 1 ]; then
   step "head, tiny" 60 "$PYTHON" bench/head.py --labels 3000 --features 8 --rows 4 --rounds 2 \
     --only "bare products, whole" ExtremeLinear --output "$output/head.json"
 else
-  step "head, shape of Amazon-670K" 50 "$PYTHON" bench/head.py --device cuda --preset amazon-670k \
+  step "head, shape of Amazon-670K" 90 "$PYTHON" bench/head.py --device cuda --preset amazon-670k \
     --dtype bf16 --output "$output/head-670k.json"
   step "head, shape of Amazon-3M" 40 "$PYTHON" bench/head.py --device cuda --preset amazon-3m \
     --dtype bf16 --only "bare products, whole" "bare products, in parts" ExtremeLinear \

@@ -157,8 +157,6 @@ class ExtremeLinear(torch.nn.Module):
                 self.register_buffer(f"{name}_{field}", tensor)
         self.reset_parameters()
         self._accumulates = False
-        # Gradients that wait for the next step: of the weight, and of the bias or None.
-        self._pending: tuple[Tensor, Tensor | None] | None = None
 
     def reset_parameters(self) -> None:
         """Draw weights from U(-1/sqrt(d), 1/sqrt(d)), as torch.nn.Linear does; the rest is 0."""
@@ -169,6 +167,8 @@ class ExtremeLinear(torch.nn.Module):
         for state in self.buffers(recurse=False):
             torch.nn.init.zeros_(state)
         self.steps = 0
+        # Gradients that wait for the next step: of the weight, and of the bias or None.
+        self._pending: tuple[Tensor, Tensor | None] | None = None
 
     def extra_repr(self) -> str:
         """List what the head was made with."""
@@ -213,7 +213,9 @@ class ExtremeLinear(torch.nn.Module):
 
         The call has an effect, so it does not belong into ``torch.utils.checkpoint``, which runs
         it twice; and numbers that are not finite in a batch reach the weights, whatever a
-        gradient scaler does for the other parameters.
+        gradient scaler does for the other parameters. An error before the first part takes its step
+        (out of memory, as a rule) leaves the head as it was; after a later one, parts have theirs
+        and parts do not.
 
         Args:
             hidden: ``[..., d]``, floating; converted to the dtype of the weights (that of autocast,
@@ -372,7 +374,7 @@ class ExtremeLinear(torch.nn.Module):
         scale = loss_scale if pending is None else 1.0
         names = [name for name, _ in self._parameters_by_name()]
         takes = [self._stepper(number, name, scale) for number, name in enumerate(names)]
-        self.steps, self._pending = self.steps + 1, None
+        number_of_step = self.steps + 1
         memory = torch.empty(
             layer.step * self.in_features,
             dtype=linear.weight_gradient_dtype(layer),
@@ -387,6 +389,8 @@ class ExtremeLinear(torch.nn.Module):
             gradients = [of_weight]
             if self.bias is not None:
                 gradients.append(linear.bias_gradient(gradient))
+            # From the first part on, the step counts as taken, whatever becomes of the others.
+            self.steps, self._pending = number_of_step, None
             for number, own in enumerate(gradients):
                 waiting = None if pending is None else pending[number]
                 if waiting is not None:

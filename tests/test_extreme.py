@@ -453,6 +453,41 @@ def test_accumulation(backend: Backend) -> None:
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-14)
 
 
+@EVERY_LOSS
+@pytest.mark.parametrize("parts_before", [0, 1])
+def test_an_error_in_the_middle_of_a_step(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch, loss: str, parts_before: int
+) -> None:
+    """Before the first part the head is as it was, and its gradients wait; then a step is taken."""
+    head = make(backend.device, optimizer="adamw", bias=False)
+    train(head, 1, loss=loss)
+    with head.accumulate():
+        train(head, 1, first=1, loss=loss)
+    twin = copy.deepcopy(head)
+    original, calls = linear.write_weight_gradient, []
+
+    def failing(*arguments: Any) -> None:
+        if len(calls) == parts_before:
+            raise torch.OutOfMemoryError("no memory for the product")
+        calls.append(None)
+        original(*arguments)
+
+    monkeypatch.setattr(linear, "write_weight_gradient", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(head, 1, first=2, loss=loss)
+    monkeypatch.undo()
+    stepped = (head.weight != twin.weight).any(dim=1)
+    assert stepped.nonzero().flatten().tolist() == list(range(32 * parts_before))
+    assert head.steps == 1 + parts_before
+    if parts_before == 0:
+        for one in (head, twin):
+            train(one, 1, first=2, loss=loss)
+        for a, b in zip(bits(head), bits(twin), strict=True):
+            assert torch.equal(a, b)
+    else:
+        head.state_dict()  # no gradients wait
+
+
 def test_schedulers(backend: Backend) -> None:
     head = make(backend.device, lr=1.0)
     scheduler = torch.optim.lr_scheduler.StepLR(head.optimizer, step_size=2, gamma=0.1)
@@ -597,8 +632,11 @@ def test_reset_and_deferred_initialisation() -> None:
     """Nothing is left of before: neither states and steps, nor what memory happened to hold."""
     head = make(torch.device("cpu"), torch.bfloat16, optimizer="adamw", rounding="kahan")
     train(head, 3)
+    with head.accumulate():
+        train(head, 1)
     head.reset_parameters()
     assert head.steps == 0
+    head.state_dict()  # which would say that gradients wait
     assert all((buffer == 0).all() for buffer in head.buffers())
     empty = ExtremeLinear(FEATURES, LABELS, optimizer="adamw", device="meta").to_empty(device="cpu")
     empty.reset_parameters()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -308,6 +309,18 @@ class TestTraining:
         for minutes in (-1, float("nan")):
             with pytest.raises(ValueError, match="checkpoint_minutes"):
                 fit(tiny[0], settings, checkpoint_minutes=minutes, progress=False)
+
+    def test_checkpoints_of_other_circumstances(self, tiny, tmp_path, monkeypatch):
+        """Bits depend on them, results do not: the run goes on, and says so."""
+        settings = Settings(epochs=1, hidden=8)
+        options = {"checkpoint": tmp_path / "run.pt", "progress": False}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fit(tiny[0], settings, **options)
+            fit(tiny[0], settings, **options)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+        with pytest.warns(UserWarning, match=r"run\.pt: made with threads \d+, this is 1000"):
+            fit(tiny[0], settings, **options)
 
     def test_a_diverged_run_leaves_its_last_good_state(self, tiny, tmp_path):
         settings = Settings(epochs=3, hidden=8, learning_rate=1e30)

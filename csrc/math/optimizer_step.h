@@ -12,7 +12,6 @@
 // and Hutter, arXiv:1711.05101.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
 #include "math/scalar.h"
 #include "problem.h"
@@ -122,35 +121,23 @@ struct RandomBits {
   }
 };
 
-MLLOSS_MATH uint32_t bits_of_float(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-
-MLLOSS_MATH float float_of_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
 // Both return a float that the format holds, or one that is not finite or beyond its largest
 // number, which is for ordinary rounding.
 MLLOSS_MATH float rounded_to_bf16(float value, uint32_t random) {
-  const uint32_t bits = bits_of_float(value);
+  const auto bits = static_cast<uint32_t>(bits_from_float(value));
   const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return is_finite ? float_of_bits((bits + (random & 0xffffu)) & 0xffff0000u) : value;
+  return is_finite ? float_from_bits((bits + (random & 0xffffu)) & 0xffff0000u) : value;
 }
 
 MLLOSS_MATH float rounded_to_fp16(float value, uint32_t random) {
-  const uint32_t bits = bits_of_float(value);
+  const auto bits = static_cast<uint32_t>(bits_from_float(value));
   const bool is_finite = (bits & 0x7f800000u) != 0x7f800000u;
   // Below 2^-14, neighbours are steps of 2^-24 apart.
   const float steps = absolute(value) * 16777216.0f;
   const float whole = static_cast<float>(static_cast<int32_t>(steps < 2048.0f ? steps : 0.0f));
   const float fraction = static_cast<float>(random >> 8) * 5.9604645e-8f;
   const float small = (whole + (steps - whole > fraction ? 1.0f : 0.0f)) * 5.9604645e-8f;
-  const float normal = float_of_bits((bits + (random & 0x1fffu)) & 0xffffe000u);
+  const float normal = float_from_bits((bits + (random & 0x1fffu)) & 0xffffe000u);
   const bool is_small = steps < 1024.0f;
   return is_small ? (value < 0 ? -small : small) : is_finite ? normal : value;
 }

@@ -31,7 +31,6 @@ MLLOSS_MATH Real absolute(Real x) {
   return std::fabs(x);
 }
 
-#if !MLLOSS_DEVICE_MATH
 MLLOSS_MATH float float_from_bits(int32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
@@ -43,7 +42,6 @@ MLLOSS_MATH int32_t bits_from_float(float value) {
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
-#endif
 
 #if !MLLOSS_DEVICE_MATH
 // e^x = 2^k (1 + rest) for -87 < x <= 0.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mlloss_cuda import __version__
 from mlloss_cuda.xmc.data import Dataset, atomic_file
 
 FORMAT = 1  # of the file
@@ -31,6 +33,15 @@ def fingerprint(dataset: Dataset) -> list[int]:
         if isinstance(value, np.ndarray):
             checksum = zlib.crc32(np.ascontiguousarray(value).tobytes(), checksum)
     return [dataset.num_rows, dataset.num_features, dataset.num_labels, checksum]
+
+
+def _circumstances() -> dict[str, Any]:
+    """What bits depend on beside settings and data."""
+    return {
+        "mlloss_cuda": __version__,
+        "torch": str(torch.__version__),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _differences(own: Any, other: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -57,6 +68,9 @@ class Checkpoint:
     def read(self) -> dict[str, Any] | None:
         """Return the state to go on from, None if there is no file.
 
+        Warns where what has been saved was computed by other versions, or by more or fewer threads:
+        the run goes on, but not with the bits of one that was never interrupted.
+
         Raises:
             CheckpointError: the file is damaged, or belongs to another run.
         """
@@ -68,6 +82,7 @@ class Checkpoint:
                     raise ValueError("a checksum is wrong")
             content = torch.load(self.path, map_location="cpu", weights_only=True)
             found, version, state = content["run"], content["format"], content["state"]
+            made_with = content["made_with"]
         except Exception as error:  # whatever damage makes of a file
             raise CheckpointError(
                 f"{self.path}: not a readable checkpoint ({type(error).__name__})"
@@ -79,6 +94,12 @@ class Checkpoint:
                 f"{self.path}: the checkpoint of another run: {what} is {there!r} there and "
                 f"{own!r} here; remove it to start anew"
             )
+        for what, own, there in _differences(_circumstances(), made_with):
+            warnings.warn(
+                f"{self.path}: made with {what} {there}, this is {own}: the result may differ in "
+                "its last bits from that of an uninterrupted run",
+                stacklevel=3,
+            )
         result: dict[str, Any] = state
         return result
 
@@ -88,8 +109,14 @@ class Checkpoint:
 
     def write(self, state: dict[str, Any]) -> None:
         """Replace the file, so that neither a kill nor a power cut leaves half of one."""
+        content = {
+            "format": FORMAT,
+            "run": self._run,
+            "made_with": _circumstances(),
+            "state": state,
+        }
         with atomic_file(self.path) as temporary, open(temporary, "wb") as file:
-            torch.save({"format": FORMAT, "run": self._run, "state": state}, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         self._written = time.monotonic()
