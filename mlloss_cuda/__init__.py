@@ -36,6 +36,7 @@ from .modules import (
 )
 from .sampling import sampled_linear_loss
 from .targets import PackedLabels, SparseLabels, debug_checks
+from .topk import merge_top_labels, top_labels
 from .weights import pos_weight_from_counts
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "linear_multilabel_categorical_crossentropy",
     "linear_sigmoid_cross_entropy",
     "lsep_loss",
+    "merge_top_labels",
     "multilabel_categorical_crossentropy",
     "multilabel_margin_loss",
     "multilabel_ranking_loss",
@@ -75,6 +77,7 @@ __all__ = [
     "sampled_linear_loss",
     "sigmoid_cross_entropy",
     "sigmoid_focal_loss",
+    "top_labels",
     "tversky_loss",
     "zlpr_loss",
 ]

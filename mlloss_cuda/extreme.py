@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, linear, reference
+from . import arguments, linear, reference, topk
 from .linear import HiddenGradient, Layer, Sweep
 from .optimizer import (
     ROUNDINGS,
@@ -579,73 +579,16 @@ def extreme_topk(
     arguments.integer(k, "k", 1)
     if k > num_labels:
         raise ValueError(f"k must be at most the number of labels, {num_labels}, got {k}")
-    is_double = layer.hidden.dtype == torch.float64
-    order: type[_OrderOfFloats | _OrderOfDoubles] = _OrderOfDoubles if is_double else _OrderOfFloats
-    best: _Ordered | None = None
+    best: topk.Ordered | None = None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        order = topk.order_of(layer.hidden.dtype)
         for _, begin, _, logits in layer.logits():
             found = order.best(order.of(logits, begin), k)
-            best = found if best is None else order.best(_joined(best, found), k)
+            best = found if best is None else order.best(topk.joined(best, found), k)
         assert best is not None
-        values, labels = order.logits_and_labels(best)
+        values, labels = order.scores_and_labels(best)
     shape = (*hidden.shape[:-1], k)
     return values.to(layer.hidden.dtype).view(shape), labels.view(shape)
-
-
-# [N, labels] that a class below makes, orders and turns into logits and labels again.
-_Ordered = tuple[Tensor, ...]
-
-
-def _joined(a: _Ordered, b: _Ordered) -> _Ordered:
-    return tuple(torch.cat(pair, dim=1) for pair in zip(a, b, strict=True))
-
-
-class _OrderOfFloats:
-    """int64 keys with the order that is wanted, largest first.
-
-    The upper half is the logit: the bits of floats are ordered as their numbers, those of negative
-    ones but for the sign bit in reverse. The lower half makes the smallest label the largest key.
-    """
-
-    @staticmethod
-    def of(logits: Tensor, first_label: int) -> _Ordered:
-        bits = (logits.float() + 0.0).view(torch.int32)  # -0 becomes 0, its equal
-        order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-        order = torch.where(logits.isnan(), 0x7FFFFFFF, order).to(torch.int64)
-        labels = torch.arange(first_label, first_label + logits.shape[1], device=logits.device)
-        return ((order << 32) | (0xFFFFFFFF - labels),)
-
-    @staticmethod
-    def best(ordered: _Ordered, k: int) -> _Ordered:
-        (keys,) = ordered
-        return (keys.topk(min(k, keys.shape[1]), dim=1).values,)
-
-    @staticmethod
-    def logits_and_labels(ordered: _Ordered) -> tuple[Tensor, Tensor]:
-        (keys,) = ordered
-        order = (keys >> 32).to(torch.int32)
-        bits = order ^ ((order >> 31) & 0x7FFFFFFF)
-        return bits.view(torch.float32), 0xFFFFFFFF - (keys & 0xFFFFFFFF)
-
-
-class _OrderOfDoubles:
-    """Logits and labels of fp64, whose bits leave no room for labels: by a sort that is stable."""
-
-    @staticmethod
-    def of(logits: Tensor, first_label: int) -> _Ordered:
-        labels = torch.arange(first_label, first_label + logits.shape[1], device=logits.device)
-        return logits, labels.expand_as(logits)
-
-    @staticmethod
-    def best(ordered: _Ordered, k: int) -> _Ordered:
-        logits, labels = ordered
-        logits, places = logits.sort(dim=1, descending=True, stable=True)
-        return logits[:, :k], labels.gather(1, places[:, :k])
-
-    @staticmethod
-    def logits_and_labels(ordered: _Ordered) -> tuple[Tensor, Tensor]:
-        logits, labels = ordered
-        return logits, labels
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -716,7 +716,7 @@ def normalize_target(target: LabelsLike, input: Tensor, ignore_index: float | No
     return Labels(rows_and_labels(target), None, None, DENSE)
 
 
-def normalize_mask(mask: LabelsLike | None, input: Tensor) -> Labels | None:
+def normalize_mask(mask: LabelsLike | None, input: Tensor, name: str = "mask") -> Labels | None:
     """Check `mask` against `input` ``[..., C]`` and return it as plain tensors.
 
     A dense mask may have any shape that broadcasts to that of `input`.
@@ -730,25 +730,25 @@ def normalize_mask(mask: LabelsLike | None, input: Tensor) -> Labels | None:
         return None
     if isinstance(mask, Tensor) and (mask.layout != torch.strided or mask.is_nested):
         is_csr = mask.layout == torch.sparse_csr
-        mask = _labels_from_layout(mask, input, "mask")
+        mask = _labels_from_layout(mask, input, name)
         if is_csr and isinstance(mask, SparseLabels) and mask.values is not None:
             indices = torch.where(mask.values != 0, mask.indices, -1)
             mask = SparseLabels(indices, mask.offsets)
     if isinstance(mask, SparseLabels):
         if mask.values is not None:
             raise ValueError(
-                "mask.values must be None: a mask selects, it does not weigh; use weight="
+                f"{name}.values must be None: a mask selects, it does not weigh; use weight="
             )
-        labels = _normalize_sparse(mask, input, "mask")
+        labels = _normalize_sparse(mask, input, name)
         return labels if labels.format == SPARSE else labels._replace(format=SPARSE)
     if isinstance(mask, PackedLabels):
-        return _normalize_packed(mask, input, "mask")
+        return _normalize_packed(mask, input, name)
     if not isinstance(mask, Tensor):
         raise TypeError(
-            f"mask must be a tensor, SparseLabels, PackedLabels or None, got {_describe(mask)}"
+            f"{name} must be a tensor, SparseLabels, PackedLabels or None, got {_describe(mask)}"
         )
-    _check_dense(mask, input, "mask", MASK_DTYPES)
-    return Labels(broadcast_to_input(mask, input, "mask"), None, None, DENSE)
+    _check_dense(mask, input, name, MASK_DTYPES)
+    return Labels(broadcast_to_input(mask, input, name), None, None, DENSE)
 
 
 def broadcast_to_input(tensor: Tensor, input: Tensor, name: str) -> Tensor:
