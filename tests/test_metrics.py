@@ -198,12 +198,12 @@ def test_soft_targets_are_refused():
 
 
 def test_merging_needs_the_same_metric():
-    with pytest.raises(ValueError, match="different k"):
+    with pytest.raises(ValueError, match="cannot merge: different k"):
         PrecisionAtK(1).merge(PrecisionAtK(2))
     first = PropensityScoredPrecisionAtK(torch.ones(3), 1)
-    with pytest.raises(ValueError, match="different k"):
+    with pytest.raises(ValueError, match="cannot merge: different k"):
         first.merge(PropensityScoredPrecisionAtK(torch.ones(3), 2))
-    with pytest.raises(ValueError, match="different inverse_propensity"):
+    with pytest.raises(ValueError, match="cannot merge: different inverse_propensity"):
         first.merge(PropensityScoredPrecisionAtK(torch.full((3,), 2.0), 1))
 
 

@@ -196,8 +196,8 @@ class F1Score(Decisions):
         self.average = average
         self.zero_division = arguments.number_between(zero_division, "zero_division", 0.0, 1.0)
         if average == "samples":
-            self._add_state("total", torch.zeros((), dtype=torch.float64))
-            self._add_state("num_rows", torch.zeros((), dtype=torch.int64))
+            self._add_state("total", (), torch.float64)
+            self._add_state("num_rows", (), torch.int64)
             return
         shape: tuple[int, ...] = ()
         if average == "macro":
@@ -205,7 +205,7 @@ class F1Score(Decisions):
                 raise ValueError("num_labels is needed for average='macro'")
             shape = (self.num_labels,)
         for name in ("correct", "predicted", "actual"):
-            self._add_state(name, torch.zeros(shape, dtype=torch.int64))
+            self._add_state(name, shape, torch.int64)
 
     def _settings(self) -> dict[str, Any]:
         own = {"average": self.average, "zero_division": self.zero_division}
@@ -273,7 +273,7 @@ class HammingLoss(Decisions):
     def __init__(self, *, threshold: Tensor | float = 0.0, num_labels: int | None = None) -> None:
         super().__init__(threshold=threshold, num_labels=num_labels)
         for name in ("wrong", "observed"):
-            self._add_state(name, torch.zeros((), dtype=torch.int64))
+            self._add_state(name, (), torch.int64)
 
     def _add(self, batch: _Batch) -> None:
         self.wrong += _wrong(batch).sum()
@@ -302,7 +302,7 @@ class SubsetAccuracy(Decisions):
     def __init__(self, *, threshold: Tensor | float = 0.0, num_labels: int | None = None) -> None:
         super().__init__(threshold=threshold, num_labels=num_labels)
         for name in ("right", "num_rows"):
-            self._add_state(name, torch.zeros((), dtype=torch.int64))
+            self._add_state(name, (), torch.int64)
 
     def _add(self, batch: _Batch) -> None:
         self.update_counts(_wrong(batch), batch.observed_per_row())

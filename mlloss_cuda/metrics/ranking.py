@@ -102,8 +102,8 @@ class MeanOverRowsAtK(AtK):
         super().__init__(k)
         arguments.one_of(rows_without_labels, "rows_without_labels", ROWS_WITHOUT_LABELS)
         self.rows_without_labels = rows_without_labels
-        self._add_state("total", torch.zeros(k, dtype=torch.float64))
-        self._add_state("num_rows", torch.zeros((), dtype=torch.int64))
+        self._add_state("total", (k,), torch.float64)
+        self._add_state("num_rows", (), torch.int64)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "rows_without_labels": self.rows_without_labels}
@@ -211,8 +211,8 @@ class _PropensityScored(AtK):
                 f"{list(inverse_propensity.shape)}"
             )
         self.inverse_propensity = inverse_propensity.to(torch.float64)
-        self._add_state("gained", torch.zeros(k, dtype=torch.float64))
-        self._add_state("attainable", torch.zeros(k, dtype=torch.float64))
+        self._add_state("gained", (k,), torch.float64)
+        self._add_state("attainable", (k,), torch.float64)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "inverse_propensity": self.inverse_propensity}
@@ -316,8 +316,8 @@ class CoverageAtK(AtK):
         arguments.one_of(labels, "labels", LABELS)
         self.labels = labels
         # The best rank at which a label was right, from 0; k if at none.
-        self._add_state("best_rank", torch.full((num_labels,), k, dtype=torch.int32), "min")
-        self._add_state("present", torch.zeros(num_labels, dtype=torch.int8), "max")
+        self._add_state("best_rank", (num_labels,), torch.int32, initial=k, reduction="min")
+        self._add_state("present", (num_labels,), torch.int8, reduction="max")
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "num_labels": self.num_labels, "labels": self.labels}
@@ -370,7 +370,7 @@ class MacroF1AtK(AtK):
         arguments.one_of(labels, "labels", LABELS)
         self.labels = labels
         for name in ("correct", "predicted", "actual"):
-            self._add_state(name, torch.zeros(num_labels, dtype=torch.int64))
+            self._add_state(name, (num_labels,), torch.int64)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), "num_labels": self.num_labels, "labels": self.labels}

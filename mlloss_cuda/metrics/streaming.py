@@ -1,16 +1,16 @@
-"""What all metrics share: sums that grow batch by batch, and can be added up."""
+"""What metrics and histograms share: numbers that grow batch by batch, and can be added up."""
 
 from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-Own = TypeVar("Own", bound="Metric")
+Own = TypeVar("Own", bound="Accumulator")
 
 REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": torch.add,
@@ -19,31 +19,35 @@ REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-class Metric(abc.ABC):
-    """Numbers about predictions, from states that batches, processes and runs add to.
+class Accumulator(abc.ABC):
+    """States that batches, processes and runs add to.
 
-    ``update`` takes a batch, ``compute`` returns what all batches give. States are tensors of a
-    size that does not depend on the number of rows; they live where the first batch was.
+    ``update`` takes a batch. States are tensors of a size that does not depend on the number of
+    rows; they live where the last batch was.
     """
 
     def __init__(self) -> None:
-        self._initial: dict[str, Tensor] = {}
+        self._initial: dict[str, float] = {}
         self._reductions: dict[str, str] = {}
 
     @abc.abstractmethod
     def update(self, *arguments: Any, **options: Any) -> None:
         """Add a batch."""
 
-    @abc.abstractmethod
-    def compute(self) -> Tensor:
-        """Return the value over all batches."""
-
-    def _add_state(self, name: str, initial: Tensor, reduction: str = "sum") -> None:
+    def _add_state(
+        self,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        initial: float = 0,
+        reduction: str = "sum",
+    ) -> None:
         self._initial[name], self._reductions[name] = initial, reduction
-        setattr(self, name, initial.clone())
+        setattr(self, name, torch.full(tuple(shape), initial, dtype=dtype))
 
     def _settings(self) -> dict[str, Any]:
-        """What two metrics must have in common to be merged: numbers, names and tensors."""
+        """What two of them must have in common to be merged: numbers, names and tensors."""
         return {}
 
     @property
@@ -58,19 +62,19 @@ class Metric(abc.ABC):
         return self
 
     def copy(self: Own) -> Own:
-        """Return a metric that goes on by itself from what this one has seen."""
+        """Return one that goes on by itself from what this one has seen."""
         return copy.deepcopy(self)
 
     def reset(self) -> None:
         """Forget all batches."""
         for name, initial in self._initial.items():
-            setattr(self, name, initial.to(getattr(self, name).device, copy=True))
+            getattr(self, name).fill_(initial)
 
     def merge(self: Own, other: Own) -> None:
-        """Add what another metric of the same kind and settings has seen.
+        """Add what another one of the same kind and settings has seen.
 
         Raises:
-            TypeError: it is a metric of another kind.
+            TypeError: it is of another kind.
             ValueError: it has other settings.
         """
         if type(other) is not type(self):
@@ -78,13 +82,13 @@ class Metric(abc.ABC):
         theirs = other._settings()
         for name, value in self._settings().items():
             if not _same(value, theirs[name]):
-                raise ValueError(f"cannot merge metrics with different {name}")
+                raise ValueError(f"cannot merge: different {name}")
         for name, how in self._reductions.items():
             own = getattr(self, name)
             setattr(self, name, REDUCTIONS[how](own, getattr(other, name).to(own.device)))
 
     def all_reduce(self, process_group: Any = None) -> None:
-        """Merge with the metrics of the other processes; each then holds the whole.
+        """Merge with those of the other processes; each then holds the whole.
 
         Args:
             process_group: of ``torch.distributed``; None is all processes.
@@ -109,7 +113,7 @@ class Metric(abc.ABC):
         """Take over what :meth:`state_dict` has returned.
 
         Raises:
-            ValueError: it is that of another kind of metric, or of other sizes.
+            ValueError: it is that of another kind, or of other sizes.
         """
         if state.keys() != self._reductions.keys():
             raise ValueError(f"state must have {sorted(self._reductions)}, got {sorted(state)}")
@@ -122,6 +126,14 @@ class Metric(abc.ABC):
         for name, value in state.items():
             own = getattr(self, name)
             setattr(self, name, value.to(own.device, own.dtype, copy=True))
+
+
+class Metric(Accumulator):
+    """A number, or some, about predictions."""
+
+    @abc.abstractmethod
+    def compute(self) -> Tensor:
+        """Return the value over all batches."""
 
 
 def _same(a: object, b: object) -> bool:

@@ -20,6 +20,7 @@ from mlloss_cuda import (
     SparseLabels,
     multilabel_categorical_crossentropy,
     sigmoid_cross_entropy,
+    top_labels,
 )
 from mlloss_cuda.metrics import PrecisionAtK, PropensityScoredPrecisionAtK, inverse_propensity
 from mlloss_cuda.optimizer import ROUNDINGS, RULES
@@ -125,6 +126,13 @@ class Classifier:
         inputs = self.transform.apply(dataset)
         batches = [ranked.cpu() for ranked, _ in _predict(self.model, inputs, self.device, k)]
         return torch.cat(batches) if batches else torch.zeros(0, k, dtype=torch.int64)
+
+    @torch.no_grad()
+    def logits(self, dataset: Dataset) -> Iterator[tuple[Tensor, SparseLabels]]:
+        """Logits ``[N, num_labels]`` and labels of the rows, batch by batch."""
+        inputs = self.transform.apply(dataset)
+        for hidden, labels in _encoded(self.model, inputs, self.device, holds_logits=True):
+            yield self.model.head(hidden), labels
 
     def evaluate(self, dataset: Dataset) -> dict[str, float]:
         """P@k and PSP@k for k in `REPORTED_RANKS`, in percent."""
@@ -404,22 +412,35 @@ def _batch(
 
 
 @torch.no_grad()
-def _predict(
-    model: SparseMLP, inputs: Dataset, device: torch.device, k: int
+def _encoded(
+    model: SparseMLP, inputs: Dataset, device: torch.device, holds_logits: bool
 ) -> Iterator[tuple[Tensor, SparseLabels]]:
-    """The k best labels [N, k] and the labels, batch by batch; features are transformed ones."""
+    """What the head is applied to, and the labels, batch by batch; features are transformed ones.
+
+    Batches are small enough for all their logits, if they are to be held.
+    """
     model.eval()
     batch_rows = EVALUATION_ROWS
-    if not isinstance(model.head, ExtremeLinear):
+    if holds_logits:
         batch_rows = min(batch_rows, max(1, EVALUATION_LOGITS // max(inputs.num_labels, 1)))
     for start in range(0, inputs.num_rows, batch_rows):
         rows = np.arange(start, min(start + batch_rows, inputs.num_rows))
         features, labels = _batch(inputs, rows, device)
-        hidden = model.encode(*features)
-        if isinstance(model.head, ExtremeLinear):
-            yield model.head.topk(hidden, k)[1], labels
-        else:
-            yield torch.topk(model.head(hidden), k, dim=1).indices, labels
+        yield model.encode(*features), labels
+
+
+def _predict(
+    model: SparseMLP, inputs: Dataset, device: torch.device, k: int
+) -> Iterator[tuple[Tensor, SparseLabels]]:
+    """The k best labels [N, k] and the labels, batch by batch; features are transformed ones."""
+    is_extreme = isinstance(model.head, ExtremeLinear)
+    for hidden, labels in _encoded(model, inputs, device, holds_logits=not is_extreme):
+        with torch.no_grad():
+            if isinstance(model.head, ExtremeLinear):
+                best = model.head.topk(hidden, k)[1]
+            else:
+                best = top_labels(model.head(hidden), k)[1]
+        yield best, labels
 
 
 def _evaluate(
