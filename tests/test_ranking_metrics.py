@@ -18,6 +18,7 @@ from torch import Tensor
 from mlloss_cuda import PackedLabels, SparseLabels, merge_top_labels, top_labels
 from mlloss_cuda.metrics import (
     CoverageAtK,
+    GroupedPrecisionAtK,
     HitAtK,
     MacroF1AtK,
     Metric,
@@ -26,12 +27,14 @@ from mlloss_cuda.metrics import (
     PropensityScoredNDCGAtK,
     PropensityScoredPrecisionAtK,
     RecallAtK,
+    frequency_groups,
     inverse_propensity,
     labels_of_pairs,
 )
 
 LABELS = 40
 K = 5
+GROUPS = [0, 1, 2, 1] * (LABELS // 4)
 
 Rows = list[list[int]]
 
@@ -106,6 +109,16 @@ def psndcg(ranked: Rows, true: Rows, weights: list[float], k: int) -> float:
 def coverage(ranked: Rows, true: Rows, weights: list[float], k: int) -> float:
     right = {id for row, labels in zip(ranked, true, strict=True) for id in row[:k] if id in labels}
     return len(right) / len({id for labels in true for id in labels})
+
+
+def grouped(ranked: Rows, true: Rows, weights: list[float], k: int) -> list[float]:
+    """Of each group of `GROUPS`."""
+    found = [0.0] * 3
+    for row, labels in zip(ranked, true, strict=True):
+        for id in row[:k]:
+            if id in labels:
+                found[GROUPS[id]] += 1 / k / len(ranked)
+    return found
 
 
 def macro_f1(ranked: Rows, true: Rows, weights: list[float], k: int) -> float:
@@ -260,6 +273,36 @@ def test_real_labels(name: str) -> None:
     else:
         wanted = expected(name, ids.tolist(), true, weights, K)
     np.testing.assert_allclose(values(merged), wanted, rtol=1e-11)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_of_labels(seed: int) -> None:
+    scores, true, _ = case(seed)
+    ranked = ranking_of(scores)
+    whole, merged = (GroupedPrecisionAtK(torch.tensor(GROUPS), K) for _ in range(2))
+    whole.update(scores, SparseLabels.from_lists(true))
+    for rows in torch.arange(len(true)).chunk(3):
+        own = GroupedPrecisionAtK(torch.tensor(GROUPS), K)
+        own.update(scores[rows], SparseLabels.from_lists([true[row] for row in rows]))
+        merged.merge(own)
+    assert torch.equal(whole.compute(), merged.compute())
+    wanted = [grouped(ranked, true, [], k) for k in range(1, K + 1)]
+    np.testing.assert_allclose(whole.compute(), np.array(wanted).T, rtol=1e-12)
+    of_all = PrecisionAtK(K)
+    of_all.update(scores, SparseLabels.from_lists(true))
+    torch.testing.assert_close(whole.compute().sum(0), of_all.compute(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 7])
+def test_groups_by_frequency(num_groups: int) -> None:
+    counts = (1000 / (1 + torch.arange(500)) ** 0.9).long()[torch.randperm(500)]
+    groups = frequency_groups(counts, num_groups)
+    order = counts.argsort(descending=True, stable=True)
+    assert (groups[order].diff() >= 0).all()  # the more frequent, the lower
+    occurrences = torch.bincount(groups, counts.double(), minlength=num_groups)
+    share = occurrences / occurrences.sum()
+    assert (share - 1 / num_groups).abs().max() <= counts.max() / counts.sum()
+    assert frequency_groups(torch.zeros(3), num_groups).tolist() == [num_groups - 1] * 3
 
 
 # ---- What all have in common ---------------------------------------------------------------------
@@ -456,6 +499,10 @@ def test_bad_batches(
         (lambda: MacroF1AtK(3, labels="some"), ValueError, "labels"),
         (lambda: PropensityScoredPrecisionAtK(torch.ones(3, 1)), ValueError, "inverse_propensity"),
         (lambda: PropensityScoredNDCGAtK(torch.ones(3).long()), TypeError, "inverse_propensity"),
+        (lambda: GroupedPrecisionAtK(torch.ones(3)), TypeError, "groups"),
+        (lambda: GroupedPrecisionAtK(torch.tensor([-1])), ValueError, "groups"),
+        (lambda: frequency_groups(torch.ones(3, 2)), ValueError, "counts"),
+        (lambda: frequency_groups(torch.ones(3), 0), ValueError, "num_groups"),
         (lambda: labels_of_pairs(torch.ones(2, 2), 3), TypeError, "pairs"),
         (lambda: labels_of_pairs(torch.ones(2, 3).long(), 3), ValueError, "pairs"),
         (lambda: labels_of_pairs(torch.tensor([[3, 0]]), 3), ValueError, "pairs"),

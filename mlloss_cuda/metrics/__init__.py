@@ -6,8 +6,9 @@ have seen other rows can be merged, within a process (``merge``) and over proces
 
 **At k** (:class:`PrecisionAtK`, :class:`RecallAtK`, :class:`NDCGAtK`, :class:`HitAtK`,
 :class:`PropensityScoredPrecisionAtK`, :class:`PropensityScoredNDCGAtK`, :class:`CoverageAtK`,
-:class:`MacroF1AtK`): from the best labels of each row, as ids or scores. Rows without labels count
-as rows on which nothing was right, as in pyxclib; ``rows_without_labels='skip'`` leaves them out.
+:class:`MacroF1AtK`, :class:`GroupedPrecisionAtK`): from the best labels of each row, as ids or
+scores. Rows without labels count as rows on which nothing was right, as in pyxclib;
+``rows_without_labels='skip'`` leaves them out.
 
 **Decisions** (:class:`F1Score`, :class:`HammingLoss`, :class:`SubsetAccuracy`): from scores and
 thresholds, or from the labels that were decided on.
@@ -23,6 +24,7 @@ from .propensity import inverse_propensity
 from .ranking import (
     AtK,
     CoverageAtK,
+    GroupedPrecisionAtK,
     HitAtK,
     MacroF1AtK,
     MeanOverRowsAtK,
@@ -31,6 +33,7 @@ from .ranking import (
     PropensityScoredNDCGAtK,
     PropensityScoredPrecisionAtK,
     RecallAtK,
+    frequency_groups,
     labels_of_pairs,
 )
 from .streaming import Metric
@@ -40,6 +43,7 @@ __all__ = [
     "CoverageAtK",
     "Decisions",
     "F1Score",
+    "GroupedPrecisionAtK",
     "HammingLoss",
     "HitAtK",
     "MacroF1AtK",
@@ -51,6 +55,7 @@ __all__ = [
     "PropensityScoredPrecisionAtK",
     "RecallAtK",
     "SubsetAccuracy",
+    "frequency_groups",
     "inverse_propensity",
     "labels_of_pairs",
 ]

@@ -291,6 +291,86 @@ class PropensityScoredNDCGAtK(_PropensityScored):
         return _discounted(gains) / _largest_gain(ranking)
 
 
+class GroupedPrecisionAtK(AtK):
+    """What each group of labels adds to P@1 to P@k: frequent and rare labels, for example.
+
+    The hits among the first k predicted whose label is in the group, divided by k and the number of
+    rows; all groups together give P@k.
+
+    Args:
+        groups: integer ``[num_labels]``: the group of each label, from 0.
+        k: the metric is computed at 1 to k.
+
+    >>> import torch
+    >>> from mlloss_cuda import SparseLabels
+    >>> metric = GroupedPrecisionAtK(torch.tensor([0, 0, 1, 1]), k=2)
+    >>> metric.update(torch.tensor([[0, 3], [1, 2]]), SparseLabels.from_lists([[0, 3], [2]]))
+    >>> metric.compute().tolist()
+    [[0.5, 0.25], [0.0, 0.5]]
+    """
+
+    hits: Tensor
+    num_rows: Tensor
+
+    def __init__(self, groups: Tensor, k: int = 5) -> None:
+        super().__init__(k)
+        if not isinstance(groups, Tensor) or groups.dtype not in (torch.int32, torch.int64):
+            raise TypeError("groups must be an int32 or int64 tensor")
+        if groups.dim() != 1 or (groups.numel() and int(groups.min()) < 0):
+            raise ValueError("groups must have shape [num_labels] and no negative number")
+        self.groups = groups.to(torch.int64)
+        self.num_groups = int(groups.max()) + 1 if groups.numel() else 0
+        self._add_state("hits", (self.num_groups, k), torch.int64)
+        self._add_state("num_rows", (), torch.int64)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), "groups": self.groups}
+
+    def _add(self, ranking: _Ranking) -> None:
+        self.groups = self.groups.to(ranking.hits.device)
+        _check_labels(ranking.labels[ranking.hits], len(self.groups), "predicted")
+        ranks = torch.arange(self.k, device=self.groups.device).expand_as(ranking.hits)
+        places = self.groups[ranking.labels[ranking.hits]] * self.k + ranks[ranking.hits]
+        self.hits += torch.bincount(places, minlength=self.hits.numel()).view_as(self.hits)
+        self.num_rows += len(ranking.hits)
+
+    def compute(self) -> Tensor:
+        """Return the values at 1 to k, in [0, 1]: float64 ``[groups, k]``, NaN before any row."""
+        ranks = torch.arange(1, self.k + 1, dtype=torch.float64, device=self.hits.device)
+        return self.hits.cumsum(1) / (ranks * self.num_rows)
+
+
+def frequency_groups(counts: Tensor, num_groups: int = 3) -> Tensor:
+    """Return the group of each label by frequency, so that groups have equally many occurrences.
+
+    With three groups: head (0), torso (1) and tail (2), each with a third of all occurrences, the
+    tail with most of the labels.
+
+    Args:
+        counts: ``[num_labels]``, in how many training rows each label is.
+        num_groups: at least 1.
+
+    Returns:
+        int64 ``[num_labels]``. Labels that never occur are in the last group.
+
+    >>> import torch
+    >>> frequency_groups(torch.tensor([1, 60, 30, 20, 0, 9]), 3).tolist()
+    [2, 0, 1, 2, 2, 2]
+    """
+    arguments.integer(num_groups, "num_groups", 1)
+    if counts.dim() != 1:
+        raise ValueError(f"counts must have shape [num_labels], got {list(counts.shape)}")
+    counts = counts.to(torch.float64)
+    order = counts.argsort(descending=True, stable=True)
+    sorted_counts = counts[order]
+    # By where the middle of a label's occurrences lies among all.
+    middles = sorted_counts.cumsum(0) - sorted_counts / 2
+    whole = sorted_counts.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    groups = (middles / whole * num_groups).long().clamp(max=num_groups - 1)
+    groups[sorted_counts == 0] = num_groups - 1
+    return torch.empty_like(groups).scatter(0, order, groups)
+
+
 class CoverageAtK(AtK):
     """Coverage@1 to coverage@k: the share of labels that are right in some row's first 1 to k.
 
