@@ -36,7 +36,11 @@ from .modules import (
 )
 from .sampling import sampled_linear_loss
 from .targets import PackedLabels, SparseLabels, debug_checks
-from .weights import pos_weight_from_counts
+from .weights import (
+    class_balanced_weights,
+    inverse_frequency_weights,
+    pos_weight_from_counts,
+)
 
 __version__ = "0.1.0"
 
@@ -59,10 +63,12 @@ __all__ = [
     "asymmetric_loss",
     "binary_cross_entropy",
     "build_info",
+    "class_balanced_weights",
     "collate",
     "debug_checks",
     "dice_loss",
     "extreme_topk",
+    "inverse_frequency_weights",
     "inverse_propensity",
     "linear_multilabel_categorical_crossentropy",
     "linear_sigmoid_cross_entropy",
