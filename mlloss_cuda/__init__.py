@@ -1,6 +1,7 @@
 """Fused, exact and sparse multi-label losses for PyTorch."""
 
 from . import compat as compat
+from . import labels as labels
 from .build_information import build_info
 from .collate import collate
 from .extreme import ExtremeLinear, extreme_topk
