@@ -1,6 +1,7 @@
 """Fused, exact and sparse multi-label losses for PyTorch."""
 
 from . import compat as compat
+from . import labels as labels
 from .build_information import build_info
 from .collate import collate
 from .extreme import ExtremeLinear, extreme_topk
@@ -19,7 +20,6 @@ from .functional import (
     zlpr_loss,
 )
 from .linear import linear_multilabel_categorical_crossentropy, linear_sigmoid_cross_entropy
-from .metrics import inverse_propensity
 from .modules import (
     AsymmetricLoss,
     BinaryCrossEntropyLoss,
@@ -37,7 +37,12 @@ from .modules import (
 from .sampling import sampled_linear_loss
 from .targets import PackedLabels, SparseLabels, debug_checks
 from .topk import merge_top_labels, top_labels
-from .weights import pos_weight_from_counts
+from .weights import (
+    class_balanced_weights,
+    inverse_frequency_weights,
+    inverse_propensity,
+    pos_weight_from_counts,
+)
 
 __version__ = "0.1.0"
 
@@ -60,10 +65,12 @@ __all__ = [
     "asymmetric_loss",
     "binary_cross_entropy",
     "build_info",
+    "class_balanced_weights",
     "collate",
     "debug_checks",
     "dice_loss",
     "extreme_topk",
+    "inverse_frequency_weights",
     "inverse_propensity",
     "linear_multilabel_categorical_crossentropy",
     "linear_sigmoid_cross_entropy",

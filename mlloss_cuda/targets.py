@@ -433,8 +433,12 @@ def row_of_entry(labels: SparseLabels) -> tuple[Tensor, Tensor]:
 
 def check_indices(indices: Tensor, offsets: Tensor, num_labels: int, name: str) -> None:
     """Raise ``ValueError`` for bad indices or offsets, where their contents may be looked at."""
-    if not contents_may_be_checked(indices):
-        return
+    if contents_may_be_checked(indices):
+        require_indices(indices, offsets, num_labels, name)
+
+
+def require_indices(indices: Tensor, offsets: Tensor, num_labels: int, name: str) -> None:
+    """Raise ``ValueError`` for bad indices or offsets; on a GPU, this synchronises."""
     if indices.shape[0] > 0:
         largest = int(indices.max())
         if largest >= num_labels:

@@ -19,8 +19,8 @@ of that of shards, and the counts of rows that ``'samples'`` and :class:`SubsetA
 added up before ``update_counts``.
 """
 
+from ..weights import inverse_propensity
 from .decisions import Decisions, F1Score, HammingLoss, SubsetAccuracy
-from .propensity import inverse_propensity
 from .ranking import (
     AtK,
     CoverageAtK,
