@@ -70,7 +70,7 @@ def ours(loss: str) -> Contestant:
 
 
 def omikuji(files: Files, threads: int, seed: int) -> tuple[float, np.ndarray]:
-    del seed  # it has none
+    del seed  # it takes none, and differs from run to run
     import omikuji as library
 
     begin = time.perf_counter()
@@ -99,15 +99,18 @@ def napkinxc(files: Files, threads: int, seed: int) -> tuple[float, np.ndarray]:
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
-    """Nothing on stderr, which libraries in other languages know as file descriptor 2 only."""
-    before = os.dup(2)
+    """Nothing on stdout and stderr, which libraries in other languages know by their numbers."""
+    sys.stdout.flush()
+    before = {number: os.dup(number) for number in (1, 2)}
     with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+        for number in before:
+            os.dup2(nowhere.fileno(), number)
     try:
         yield
     finally:
-        os.dup2(before, 2)
-        os.close(before)
+        for number, copy in before.items():
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def rows(dataset: Dataset) -> list[list[tuple[int, float]]]:
@@ -148,10 +151,8 @@ def main() -> None:
     for name in given.data:
         files = Files(Path(folder), name)
         for what, contestant in contestants.items():
-            # A tree has no seed, or hardly depends on it.
-            seeds = given.seeds if what.startswith("mlloss_cuda") else given.seeds[:1]
             runs = []
-            for seed in seeds:
+            for seed in given.seeds:
                 try:
                     seconds, best = contestant(files, given.threads, seed)
                 except ModuleNotFoundError as error:
