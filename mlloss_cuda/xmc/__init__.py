@@ -33,7 +33,7 @@ from mlloss_cuda.xmc.data import (
 )
 from mlloss_cuda.xmc.features import FeatureTransform
 from mlloss_cuda.xmc.generated import GeneratorSettings, generate
-from mlloss_cuda.xmc.model import SparseMLP
+from mlloss_cuda.xmc.model import DenseMLP, SparseMLP
 from mlloss_cuda.xmc.trainer import Classifier, Epoch, Settings, fit
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Classifier",
     "DataError",
     "Dataset",
+    "DenseMLP",
     "Epoch",
     "FeatureTransform",
     "GeneratorSettings",
