@@ -111,4 +111,13 @@ STABLE_TORCH_LIBRARY(mlloss_cuda, m) {
 
   // Whether ids are below `num_labels` and offsets rise from 0 to their number (cpu/check.cpp).
   define("label_ids_fit(Tensor indices, Tensor offsets, int num_labels) -> bool");
+
+  // Text to arrays (cpu/text_rows.cpp). `text` is uint8, whole lines. `counts` [4]: line ends,
+  // commas, colons, lines that start with neither a space nor a tab. `filled` [3]: rows, labels and
+  // features that the arrays hold. parse_rows returns whether all rows were well-formed.
+  define("count_rows(Tensor text, Tensor(a!) counts) -> ()");
+  define(
+      "parse_rows(Tensor text, bool has_labels, int num_features, int num_labels, "
+      "Tensor(a!) label_ids, Tensor(b!) label_offsets, Tensor(c!) feature_ids, "
+      "Tensor(d!) feature_values, Tensor(e!) feature_offsets, Tensor(f!) filled) -> bool");
 }

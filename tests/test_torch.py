@@ -201,8 +201,9 @@ def test_every_operator_of_the_library_is_checked(native: None) -> None:
         if schema.name.startswith("mlloss_cuda::")
     }
     of_losses = {f"{loss.name}{suffix}" for loss in NATIVE for suffix in SUFFIXES}
-    # The last of them is never traced.
-    assert names == of_losses | {"rescale_", "row_sums_out", "optimizer_step_", "label_ids_fit"}
+    # Never traced; those of text: tests/test_xmc_parsers.py.
+    never_traced = {"label_ids_fit", "count_rows", "parse_rows"}
+    assert names == of_losses | {"rescale_", "row_sums_out", "optimizer_step_"} | never_traced
 
 
 def test_operators_for_parts(native: None) -> None:

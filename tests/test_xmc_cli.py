@@ -6,12 +6,20 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("tqdm", reason="mlloss_cuda.xmc needs tqdm")
 
-from mlloss_cuda.xmc import DataError, GeneratorSettings, cli, generate, write_dataset
+from mlloss_cuda.xmc import (
+    DataError,
+    GeneratorSettings,
+    cli,
+    generate,
+    read_dataset,
+    write_dataset,
+)
 from mlloss_cuda.xmc.cli import main
 from mlloss_cuda.xmc.loss_timing import LossTiming, time_losses
 from mlloss_cuda.xmc.report import SCORES, format_table
@@ -144,6 +152,60 @@ def test_headerless_files_and_validation(folder, tmp_path, capsys):
     assert json.loads(report.read_text())["sizes"]["test_rows"] == 75
 
 
+def test_files_of_features_and_labels(folder, tmp_path, capsys):
+    """Text and dense arrays, with a cache and without, give what the data set gives as one file."""
+    reports, options = {}, []
+    for half in ("train", "test"):
+        data = read_dataset(folder / f"tiny_{half}.txt")
+        rows = list(zip(data.feature_offsets[:-1], data.feature_offsets[1:], strict=True))
+        values = [(data.feature_ids[a:b], data.feature_values[a:b]) for a, b in rows]
+        dense = np.zeros((data.num_rows, 200), np.float32)
+        text = [f"{data.num_rows} 200"]
+        for row, (ids, numbers) in enumerate(values):
+            dense[row, ids] = numbers
+            text.append(" ".join(f"{i}:{v:g}" for i, v in zip(ids, numbers, strict=True)))
+        labels = [f"{data.num_rows} 50"]
+        for a, b in zip(data.label_offsets[:-1], data.label_offsets[1:], strict=True):
+            labels.append(" ".join(f"{label}:1.0" for label in data.label_ids[a:b]))
+        np.save(tmp_path / f"{half}.npy", dense)
+        (tmp_path / f"{half}_X.txt").write_text("\n".join(text) + "\n")
+        (tmp_path / f"{half}_Y.txt").write_text("\n".join(labels) + "\n")
+        options += [f"--{half}-labels", str(tmp_path / f"{half}_Y.txt")]
+    halves = ["--train", str(tmp_path / "train_X.txt"), "--test", str(tmp_path / "test_X.txt")]
+    arrays = ["--train", str(tmp_path / "train.npy"), "--test", str(tmp_path / "test.npy")]
+    cache = ["--cache", str(tmp_path / "cache")]
+    for name, arguments in (
+        ("whole", files(folder)),
+        ("halves", [*halves, *options]),
+        ("cached", [*halves, *options, *cache]),
+        ("mapped", [*halves, *options, *cache]),
+        ("dense", [*arrays, *options, *cache]),
+    ):
+        path = tmp_path / f"{name}.json"
+        assert main(["train", *arguments, *QUICK, "--quiet", "--report", str(path)]) == 0
+        report = json.loads(path.read_text())
+        reports[name] = [report[score] for score in SCORES], report["epochs"][-1]["loss"]
+        assert "300 rows to train on, 100 to test on, 200 features" in capsys.readouterr().out
+    assert reports["whole"] == reports["halves"] == reports["cached"] == reports["mapped"]
+    assert reports["dense"] != reports["whole"]  # standardized, where the others are tf-idf
+    assert len(list((tmp_path / "cache").glob("*-1-*"))) == 4
+
+    arguments = [*halves[:2], *options[:2], "--validation", "0.2", *QUICK, "--quiet"]
+    assert main(["train", *arguments]) == 0
+    assert "240 rows to train on, 60 to test on" in capsys.readouterr().out
+
+
+def test_labels_of_one_file_only(folder, capsys):
+    for half in ("train", "test"):
+        arguments = [*files(folder), f"--{half}-labels", "y.txt"]
+        assert main(["train", *arguments, *QUICK, "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert error.endswith("train_labels and test_labels are given both or not at all\n")
+    arguments = [*files(folder)[:2], "--validation", "0.2", "--test-labels", "y.txt"]
+    assert main(["train", *arguments, *QUICK, "--quiet"]) == 2
+    assert "--test-labels belongs to --test, which is not given" in capsys.readouterr().err
+
+
 def test_scores_that_are_not_defined_are_null(folder, tmp_path, capsys):
     test = tmp_path / "unlabelled.txt"
     test.write_text("2 200 50\n 1:1\n 2:1\n")
@@ -189,6 +251,8 @@ def test_malformed_file_as_a_process(folder, tmp_path):
         (["--report", "/dev/null/r.json"], "/dev/null/r.json: cannot be written: Not a directory"),
         (["--report", "/proc/r.json"], "/proc/r.json: cannot be written: "),
         (["--report", "r" * 300], "cannot be written: File name too long"),
+        (["--cache", "/dev/null"], "/dev/null: Not a directory"),
+        (["--train", "/dev/zero"], "/dev/zero: Not a regular file"),
     ],
 )
 def test_wrong_arguments(folder, capsys, monkeypatch, changes, message):

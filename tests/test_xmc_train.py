@@ -14,6 +14,7 @@ pytest.importorskip("tqdm", reason="mlloss_cuda.xmc needs tqdm")
 from mlloss_cuda.xmc import (
     CheckpointError,
     Dataset,
+    DenseMLP,
     FeatureTransform,
     GeneratorSettings,
     Settings,
@@ -23,6 +24,7 @@ from mlloss_cuda.xmc import (
     read_pair,
 )
 from mlloss_cuda.xmc import trainer as trainer_module
+from mlloss_cuda.xmc.data import csr
 from mlloss_cuda.xmc.trainer import LOSSES
 
 TINY = GeneratorSettings(
@@ -112,6 +114,48 @@ class TestFeatures:
         with pytest.raises(ValueError, match="not negative"):
             FeatureTransform.fit(dataset([[-1.0]], [[]]), "tfidf")
 
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+    @pytest.mark.parametrize("treatment", ["auto", "standardize", "raw"])
+    def test_dense_features_are_treated_as_sparse_ones(self, dtype, treatment):
+        values = np.random.default_rng(0).normal(3, 2, (50, 4)).astype(dtype)
+        values[:, 1] = 5
+        dense = Dataset.from_arrays(values, [[0]] * 50)
+        transform = FeatureTransform.fit(dense, treatment)
+        sparse = FeatureTransform.fit(dataset(values, [[]] * 50), treatment)
+        assert transform.is_dense
+        assert transform.treatment == sparse.treatment
+        np.testing.assert_allclose(transform.scale, sparse.scale, rtol=1e-5)
+        np.testing.assert_allclose(transform.shift, sparse.shift, rtol=1e-5)
+        assert transform.apply(dense) is dense
+
+    def test_dense_features_in_chunks(self, monkeypatch):
+        values = np.random.default_rng(0).normal(1e4, 1, (50, 3))
+        dense = Dataset.from_arrays(values, [[0]] * 50)
+        wanted = FeatureTransform.fit(dense)
+        np.testing.assert_allclose(wanted.scale, 1 / values.std(0), rtol=1e-6)
+        monkeypatch.setattr(csr, "_CHUNK_ELEMENTS", 10)
+        found = FeatureTransform.fit(dense)
+        np.testing.assert_allclose(found.scale, wanted.scale, rtol=1e-6)
+        np.testing.assert_array_equal(found.shift, wanted.shift)
+
+    def test_features_that_hardly_deviate(self):
+        """1 / deviation has to be a number in float32."""
+        values = np.array([[1e-40], [-1e-40], [3e-40]], np.float32)
+        for data in (dataset(values, [[]] * 3), Dataset.from_arrays(values, [[]] * 3)):
+            transform = FeatureTransform.fit(data, "standardize")
+            assert transform.scale.tolist() == [0]
+
+    def test_dense_features_are_no_counts(self):
+        with pytest.raises(ValueError, match="tfidf is for sparse features"):
+            FeatureTransform.fit(Dataset.from_arrays(np.ones((2, 2)), [[0], [1]]), "tfidf")
+
+    def test_dense_and_sparse_features_do_not_mix(self):
+        dense, sparse = Dataset.from_arrays(np.eye(2), [[0], [1]]), dataset(np.eye(2), [[0], [1]])
+        with pytest.raises(ValueError, match="the features are sparse, those of the training rows"):
+            FeatureTransform.fit(dense).apply(sparse)
+        with pytest.raises(ValueError, match="the features are dense, those of the training rows"):
+            FeatureTransform.fit(sparse).apply(dense)
+
     def test_unknown_treatment(self):
         with pytest.raises(ValueError, match="treatment must be one of"):
             FeatureTransform.fit(dataset([[1.0]], [[]]), "magic")
@@ -128,6 +172,33 @@ def test_model_is_a_two_layer_network():
     torch.testing.assert_close(logits, model.head(hidden))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_dense_model_is_a_sparse_one_of_full_rows(dtype):
+    values = np.random.default_rng(0).normal(3, 2, (6, 5)).astype(dtype)
+    values[4] = 0
+    data = dataset(values, [[]] * 6)
+    for treatment in ("standardize", "raw"):
+        transform = FeatureTransform.fit(data, treatment)
+        rows = transform.apply(data)
+        sparse = SparseMLP(5, 3, hidden=4)
+        scale, shift = torch.from_numpy(transform.scale), torch.from_numpy(transform.shift)
+        dense = DenseMLP(5, 3, hidden=4, head=sparse.head, scale=scale, shift=shift)
+        with torch.no_grad():
+            dense.linear.weight.copy_(sparse.embedding.weight.t())
+        logits = dense(torch.from_numpy(values))
+        assert logits.dtype == torch.float32
+        arrays = rows.feature_ids, rows.feature_values, rows.feature_offsets
+        torch.testing.assert_close(logits, sparse(*map(torch.from_numpy, arrays)))
+
+
+def test_dense_rows_of_any_size_get_length_one():
+    model = DenseMLP(2, 1, hidden=3)
+    large = torch.tensor([[3e38, 3e38], [1e-30, 1e-30], [1.0, 1.0]])
+    encoded = model.encode(large)
+    torch.testing.assert_close(encoded[0], encoded[2])
+    torch.testing.assert_close(encoded[1], encoded[2])
+
+
 class TestTraining:
     @pytest.mark.parametrize("loss", LOSSES)
     def test_same_seed_same_bits(self, tiny, loss):
@@ -138,6 +209,43 @@ class TestTraining:
         for one, two in zip(first.model.parameters(), second.model.parameters(), strict=True):
             assert torch.equal(one, two)
         assert first.evaluate(tiny[1]) == second.evaluate(tiny[1])
+
+    @pytest.mark.parametrize("head", ["dense", "extreme"])
+    def test_dense_features(self, tmp_path, head):
+        """As good as the same numbers as sparse features; from a file, and from a checkpoint."""
+        chance = np.random.default_rng(0)
+        labels = chance.random((500, 6)) < 0.3
+        values = (labels @ chance.normal(size=(6, 20)) + 0.3 * chance.normal(size=(500, 20))) * 9
+        np.save(tmp_path / "x.npy", (values + 50).astype(np.float16))
+        mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+        dense = Dataset.from_arrays(mapped, labels)
+        lists = [row.nonzero()[0].tolist() for row in labels]
+        sparse = dataset(mapped, lists, num_labels=6)
+        settings = Settings(epochs=12, hidden=32, batch_size=32, head=head)
+        train, test = np.arange(400), np.arange(400, 500)
+        scores = [
+            fit(data.take(train), settings, evaluate_on=data.take(test), progress=False)
+            .history[-1]
+            .scores["P@1"]
+            for data in (dense, sparse)
+        ]
+        assert abs(scores[0] - scores[1]) < 4
+        assert min(scores) > 80
+
+        settings = dataclasses.replace(settings, epochs=2)
+        whole = fit(dense, settings, progress=False)
+        assert isinstance(whole.model, DenseMLP)
+        assert whole.transform.treatment == "standardize"
+        options = {"checkpoint": tmp_path / "run.pt", "progress": False}
+        for _ in range(2):
+            saved = fit(dense, settings, **options)
+            assert saved.history[-1].loss == whole.history[-1].loss
+            assert torch.equal(saved.top_k(dense, 3), whole.top_k(dense, 3))
+        changed = Dataset.from_arrays(mapped[::-1], labels)
+        with pytest.raises(CheckpointError, match="another run: data"):
+            fit(changed, settings, **options)
+        with pytest.raises(ValueError, match="the features are sparse"):
+            whole.evaluate(sparse)
 
     def test_seeds_differ(self, tiny):
         losses = {

@@ -21,10 +21,19 @@ except ModuleNotFoundError as error:
     ) from error
 
 from mlloss_cuda.xmc.checkpoint import CheckpointError
-from mlloss_cuda.xmc.data import DataError, Dataset, read_dataset, read_pair, write_dataset
+from mlloss_cuda.xmc.data import (
+    DataError,
+    Dataset,
+    from_sklearn_openml,
+    from_sklearn_rcv1,
+    read_dataset,
+    read_filter_pairs,
+    read_pair,
+    write_dataset,
+)
 from mlloss_cuda.xmc.features import FeatureTransform
 from mlloss_cuda.xmc.generated import GeneratorSettings, generate
-from mlloss_cuda.xmc.model import SparseMLP
+from mlloss_cuda.xmc.model import DenseMLP, SparseMLP
 from mlloss_cuda.xmc.trainer import Classifier, Epoch, Settings, fit
 
 __all__ = [
@@ -32,14 +41,18 @@ __all__ = [
     "Classifier",
     "DataError",
     "Dataset",
+    "DenseMLP",
     "Epoch",
     "FeatureTransform",
     "GeneratorSettings",
     "Settings",
     "SparseMLP",
     "fit",
+    "from_sklearn_openml",
+    "from_sklearn_rcv1",
     "generate",
     "read_dataset",
+    "read_filter_pairs",
     "read_pair",
     "write_dataset",
 ]

@@ -86,11 +86,20 @@ def _train(options: argparse.Namespace) -> None:
         )
     start = time.perf_counter()
     if options.test is not None:
-        train, test = read_pair(options.train, options.test)
+        train, test = read_pair(
+            options.train,
+            options.test,
+            train_labels=options.train_labels,
+            test_labels=options.test_labels,
+            cache=options.cache,
+        )
         if test.num_rows == 0:
             raise ValueError(f"--test {options.test}: no rows to test on")
     else:
-        train, test = _hold_out(read_dataset(options.train), options.validation, options.seed)
+        if options.test_labels is not None:
+            raise ValueError("--test-labels belongs to --test, which is not given")
+        whole = read_dataset(options.train, options.train_labels, cache=options.cache)
+        train, test = _hold_out(whole, options.validation, options.seed)
     seconds = time.perf_counter() - start
     print(
         f"{train.num_rows:,} rows to train on, {test.num_rows:,} to test on, "
@@ -182,7 +191,9 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="train on a data file and report P@k and PSP@k on another",
         description="Train on a data file and report P@k and PSP@k on another. Files are XMC text "
-        "(header 'N D L') or headerless libsvm text with several labels per row.",
+        "(header 'N D L') or headerless libsvm text with several labels per row, or come in pairs: "
+        "features (text with a header 'N D', a CSR matrix as .npz, a dense array as .npy) and "
+        "labels (text with a header 'N L', a CSR matrix). Text may be packed with gzip.",
     )
     train.set_defaults(run=_train)
     train.add_argument("--train", type=Path, required=True, metavar="FILE", help="training rows")
@@ -193,6 +204,19 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SHARE",
         help="instead of a test file, hold out this share of the training rows",
+    )
+    for half in ("train", "test"):
+        train.add_argument(
+            f"--{half}-labels",
+            type=Path,
+            metavar="FILE",
+            help=f"labels, where the file of --{half} holds features alone",
+        )
+    train.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="keep what was parsed here, and map it into memory the next time",
     )
     train.add_argument("--loss", choices=LOSSES, default=Settings.loss, help=f"which loss{DEFAULT}")
     train.add_argument("--report", type=Path, metavar="FILE", help="write scores etc. as JSON")

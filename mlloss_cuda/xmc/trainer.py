@@ -27,7 +27,10 @@ from mlloss_cuda.optimizer import ROUNDINGS, RULES
 from mlloss_cuda.xmc.checkpoint import Checkpoint, fingerprint
 from mlloss_cuda.xmc.data import SIZE_LIMIT, Dataset, IntArray, gather_rows
 from mlloss_cuda.xmc.features import TREATMENTS, FeatureTransform
-from mlloss_cuda.xmc.model import SparseMLP
+from mlloss_cuda.xmc.model import DenseMLP, SparseMLP
+
+Model = SparseMLP | DenseMLP
+Features = tuple[Tensor, ...]  # what the model's `encode` takes
 
 LOSSES = ("zlpr", "sigmoid")
 HEADS = ("dense", "extreme")
@@ -115,7 +118,7 @@ class Classifier:
 
     settings: Settings
     transform: FeatureTransform
-    model: SparseMLP
+    model: Model
     inverse_propensity: Tensor  # [num_labels]
     history: list[Epoch]
     train_seconds: float  # without reading and evaluation
@@ -192,7 +195,7 @@ def fit(
     inputs = transform.apply(train)
     evaluation_inputs = None if evaluate_on is None else transform.apply(evaluate_on)
 
-    model = _make_model(train, settings, counts).to(device)
+    model = _make_model(train, settings, counts, transform).to(device)
     run = _Run(model, settings, train.num_rows, device)
     saved = None
     if checkpoint is not None:
@@ -240,7 +243,9 @@ def fit(
     )
 
 
-def _make_model(train: Dataset, settings: Settings, counts: Tensor) -> SparseMLP:
+def _make_model(
+    train: Dataset, settings: Settings, counts: Tensor, transform: FeatureTransform
+) -> Model:
     bias = _initial_bias(settings.loss, counts, train.num_rows)
     head = None
     if settings.head == "extreme":
@@ -254,7 +259,7 @@ def _make_model(train: Dataset, settings: Settings, counts: Tensor) -> SparseMLP
             rounding=settings.rounding,
             seed=settings.seed,
         )
-    return SparseMLP(
+    arguments = (
         train.num_features,
         train.num_labels,
         settings.hidden,
@@ -263,13 +268,17 @@ def _make_model(train: Dataset, settings: Settings, counts: Tensor) -> SparseMLP
         bias,
         head,
     )
+    if transform.is_dense:
+        scale, shift = torch.from_numpy(transform.scale), torch.from_numpy(transform.shift)
+        return DenseMLP(*arguments, scale=scale, shift=shift)
+    return SparseMLP(*arguments)
 
 
 class _Run:
     """A model in training: everything that a step changes."""
 
     def __init__(
-        self, model: SparseMLP, settings: Settings, num_rows: int, device: torch.device
+        self, model: Model, settings: Settings, num_rows: int, device: torch.device
     ) -> None:
         self.model, self.settings, self.num_rows = model, settings, num_rows
         self.device = device
@@ -304,9 +313,7 @@ class _Run:
         while self.done < self.num_rows:
             yield order[self.done : self.done + self.settings.batch_size]
 
-    def step(
-        self, features: tuple[Tensor, Tensor, Tensor], labels: SparseLabels, num_rows: int
-    ) -> None:
+    def step(self, features: Features, labels: SparseLabels, num_rows: int) -> None:
         """Learn from a batch."""
         loss = _loss(self.settings.loss, self.model, features, labels)
         self.optimizer.zero_grad(set_to_none=True)
@@ -354,9 +361,7 @@ class _Run:
             torch.cuda.set_rng_state(state["gpu_random"], self.device)
 
 
-def _loss(
-    name: str, model: SparseMLP, features: tuple[Tensor, Tensor, Tensor], labels: SparseLabels
-) -> Tensor:
+def _loss(name: str, model: Model, features: Features, labels: SparseLabels) -> Tensor:
     """Mean over the rows; within a row, both losses sum over the labels."""
     hidden = model.encode(*features)
     if isinstance(model.head, ExtremeLinear):
@@ -394,17 +399,16 @@ def _learning_rate_factor(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def _batch(
-    dataset: Dataset, rows: IntArray, device: torch.device
-) -> tuple[tuple[Tensor, Tensor, Tensor], SparseLabels]:
-    """Feature ids, values and offsets of some rows, and their labels."""
-    feature_entries, feature_offsets = gather_rows(dataset.feature_offsets, rows)
+def _batch(dataset: Dataset, rows: IntArray, device: torch.device) -> tuple[Features, SparseLabels]:
+    """Dense features, or feature ids, values and offsets, of some rows, and their labels."""
+    arrays: tuple[np.ndarray, ...]
+    if dataset.dense_features is not None:
+        arrays = (dataset.dense_features[rows],)
+    else:
+        entries, offsets = gather_rows(dataset.feature_offsets, rows)
+        arrays = dataset.feature_ids[entries], dataset.feature_values[entries], offsets
+    features = tuple(torch.from_numpy(array).to(device) for array in arrays)
     label_entries, label_offsets = gather_rows(dataset.label_offsets, rows)
-    features = (
-        torch.from_numpy(dataset.feature_ids[feature_entries]).to(device),
-        torch.from_numpy(dataset.feature_values[feature_entries]).to(device),
-        torch.from_numpy(feature_offsets).to(device),
-    )
     labels = SparseLabels(
         torch.from_numpy(dataset.label_ids[label_entries]), torch.from_numpy(label_offsets)
     )
@@ -413,7 +417,7 @@ def _batch(
 
 @torch.no_grad()
 def _encoded(
-    model: SparseMLP, inputs: Dataset, device: torch.device, holds_logits: bool
+    model: Model, inputs: Dataset, device: torch.device, holds_logits: bool
 ) -> Iterator[tuple[Tensor, SparseLabels]]:
     """What the head is applied to, and the labels, batch by batch; features are transformed ones.
 
@@ -430,7 +434,7 @@ def _encoded(
 
 
 def _predict(
-    model: SparseMLP, inputs: Dataset, device: torch.device, k: int
+    model: Model, inputs: Dataset, device: torch.device, k: int
 ) -> Iterator[tuple[Tensor, SparseLabels]]:
     """The k best labels [N, k] and the labels, batch by batch; features are transformed ones."""
     is_extreme = isinstance(model.head, ExtremeLinear)
@@ -444,7 +448,7 @@ def _predict(
 
 
 def _evaluate(
-    model: SparseMLP, inputs: Dataset, propensity: Tensor, device: torch.device
+    model: Model, inputs: Dataset, propensity: Tensor, device: torch.device
 ) -> dict[str, float]:
     most = max(REPORTED_RANKS)
     precision = PrecisionAtK(most)
