@@ -30,7 +30,7 @@ from report import describe_machine
 from mlloss_cuda import SparseLabels
 from mlloss_cuda.metrics import PrecisionAtK
 from mlloss_cuda.xmc import Dataset, Settings, fit, read_pair
-from mlloss_cuda.xmc.trainer import LOSSES
+from mlloss_cuda.xmc.losses import LOSSES
 
 DATA = ("bibtex", "delicious", "citeulike-t")
 RANKS = (1, 3, 5)
@@ -130,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", nargs="+", choices=DATA, default=DATA, metavar="NAME")
-    parser.add_argument("--losses", nargs="*", choices=LOSSES, default=("sigmoid", "zlpr"))
+    parser.add_argument("--losses", nargs="*", choices=tuple(LOSSES), default=("sigmoid", "zlpr"))
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write the figures here, as JSON")

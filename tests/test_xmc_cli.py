@@ -111,6 +111,7 @@ def test_same_command_same_scores(folder, tmp_path):
 def test_killed_and_resumed(folder, tmp_path, head):
     """kill -9 in the middle, several times: the bits of the end are those of a run in one go."""
     arguments = ["train", *files(folder), *QUICK, "--epochs", "6", "--head", head, "--quiet"]
+    arguments += ["--ensemble", "2"]
     if head == "extreme":
         arguments += ["--weight-dtype", "bf16", "--rounding", "stochastic"]
     command = [sys.executable, "-m", "mlloss_cuda.xmc", *arguments, "--checkpoint-minutes", "0"]
@@ -132,7 +133,13 @@ def test_killed_and_resumed(folder, tmp_path, head):
     assert kills >= 1
     assert process.returncode == 0
     subprocess.run([*command, "--checkpoint", str(paths[1])], check=True, capture_output=True)
-    states = [torch.load(path, weights_only=True)["state"] for path in paths]
+    states = [torch.load(path, weights_only=True)["state"]["finished"] for path in paths]
+    assert [len(state) for state in states] == [2, 2]
+    for one, two in zip(*states, strict=True):
+        _check_same_run(one, two)
+
+
+def _check_same_run(*states):
     assert [e["loss"] for e in states[0]["history"]] == [e["loss"] for e in states[1]["history"]]
     assert len(states[0]["history"]) == 6
     models = [state["model"] for state in states]

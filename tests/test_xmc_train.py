@@ -23,9 +23,11 @@ from mlloss_cuda.xmc import (
     generate,
     read_pair,
 )
+from mlloss_cuda.xmc import losses as losses_module
 from mlloss_cuda.xmc import trainer as trainer_module
 from mlloss_cuda.xmc.data import csr
-from mlloss_cuda.xmc.trainer import LOSSES
+from mlloss_cuda.xmc.losses import LOSSES
+from mlloss_cuda.xmc.model import joined
 
 TINY = GeneratorSettings(
     train_rows=600, test_rows=200, num_features=300, num_labels=80, labels_per_row=2.0
@@ -287,13 +289,13 @@ class TestTraining:
 
     def test_the_loss_gets_sparse_labels_only(self, tiny, monkeypatch):
         seen = []
-        original = trainer_module.multilabel_categorical_crossentropy
+        original = LOSSES["zlpr"]
 
         def watched(logits, target, **options):
             seen.append(type(target))
-            return original(logits, target, **options)
+            return original.function(logits, target, **options)
 
-        monkeypatch.setattr(trainer_module, "multilabel_categorical_crossentropy", watched)
+        monkeypatch.setitem(losses_module.LOSSES, "zlpr", original._replace(function=watched))
         fit(tiny[0], Settings(epochs=1, hidden=8), progress=False)
         assert set(seen) == {trainer_module.SparseLabels}
 
@@ -323,7 +325,7 @@ class TestTraining:
         with pytest.raises(ValueError, match="evaluation needs at least one row"):
             fit(data, QUICK, evaluate_on=data.take(np.zeros(0, np.int64)), progress=False)
 
-    @pytest.mark.parametrize("loss", LOSSES)
+    @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if loss.head_loss])
     def test_an_extreme_head_is_the_same_model(self, tiny, loss):
         """In fp32 the same losses, but for the order of sums; the same predictions."""
         train, test = tiny
@@ -392,6 +394,77 @@ class TestTraining:
         again = fit(train, settings, evaluate_on=test, **options)
         assert [e.loss for e in again.history] == [e.loss for e in whole.history]
 
+    @pytest.mark.parametrize("head", ["dense", "extreme"])
+    @pytest.mark.parametrize("kind", ["sparse", "dense"])
+    def test_ensembles(self, tiny, tmp_path, monkeypatch, head, kind):
+        """Logits are the means of the members'; a run goes on from wherever it was stopped."""
+        train, test = tiny
+        if kind == "dense":
+            chance = np.random.default_rng(0)
+            labels = chance.random((300, 6)) < 0.3
+            values = (labels @ chance.normal(size=(6, 20))).astype(np.float32)
+            train = test = Dataset.from_arrays(values, labels)
+        settings = Settings(epochs=2, hidden=16, batch_size=64, head=head, ensemble=3, seed=4)
+        members, original = [], trainer_module.joined
+        monkeypatch.setattr(
+            trainer_module, "joined", lambda models: members.extend(models) or original(models)
+        )
+        whole = fit(train, settings, evaluate_on=test, progress=False)
+        (logits, _), *_ = whole.logits(test)
+        alone = [
+            next(dataclasses.replace(whole, model=member).logits(test))[0] for member in members
+        ]
+        assert len(alone) == 3
+        torch.testing.assert_close(logits, torch.stack(alone).mean(0), rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(alone[0], alone[1], atol=1e-2)
+        assert [(e.member, e.epoch) for e in whole.history] == [
+            (member, epoch) for member in (1, 2, 3) for epoch in (1, 2)
+        ]
+        one = fit(train, dataclasses.replace(settings, ensemble=1), progress=False)
+        assert torch.equal(next(one.logits(test))[0], alone[0])  # of the same seed
+
+        path = tmp_path / "run.pt"
+        options = {"checkpoint": path, "checkpoint_minutes": 0, "progress": False}
+        step, steps = trainer_module._Run.step, []
+        per_member = 2 * -(-train.num_rows // 64)
+
+        def stopping(self, *arguments):
+            if len(steps) in (per_member, per_member + 1, 2 * per_member + 3):
+                steps.append(None)
+                raise KeyboardInterrupt
+            steps.append(None)
+            step(self, *arguments)
+
+        monkeypatch.setattr(trainer_module._Run, "step", stopping)
+        for _ in range(3):
+            with pytest.raises(KeyboardInterrupt):
+                fit(train, settings, evaluate_on=test, **options)
+        for _ in range(2):  # the rest, and a run that is complete
+            resumed = fit(train, settings, evaluate_on=test, **options)
+            assert [e.loss for e in resumed.history] == [e.loss for e in whole.history]
+            assert [e.scores for e in resumed.history] == [e.scores for e in whole.history]
+            assert torch.equal(next(resumed.logits(test))[0], logits)
+
+    def test_one_model_is_no_ensemble(self, tiny):
+        model = fit(tiny[0], QUICK, progress=False).model
+        assert joined([model]) is model
+
+    def test_label_smoothing(self, tiny):
+        """It raises the loss of a model that is sure, and lowers its logits."""
+        settings = Settings(loss="sigmoid", epochs=10, hidden=32, batch_size=32)
+        for head in ("dense", "extreme"):
+            runs = [
+                fit(
+                    tiny[0],
+                    dataclasses.replace(settings, head=head, label_smoothing=smoothing),
+                    progress=False,
+                )
+                for smoothing in (0.0, 0.1)
+            ]
+            assert runs[1].history[-1].loss > runs[0].history[-1].loss + 1
+            sizes = [next(run.logits(tiny[1]))[0].abs().mean() for run in runs]
+            assert sizes[1] < 0.9 * sizes[0]
+
     def test_checkpoints_of_other_runs(self, tiny, tmp_path):
         path = tmp_path / "run.pt"
         settings = Settings(epochs=1, hidden=8)
@@ -435,7 +508,7 @@ class TestTraining:
         options = {"checkpoint": tmp_path / "run.pt", "checkpoint_minutes": 0, "progress": False}
         with pytest.raises(FloatingPointError):
             fit(tiny[0], settings, **options)
-        state = torch.load(options["checkpoint"], weights_only=True)["state"]
+        state = torch.load(options["checkpoint"], weights_only=True)["state"]["run"]
         assert state["done"] > 0
         assert state["total"].isfinite()
 
@@ -467,11 +540,20 @@ class TestTraining:
         ("rounding", "up"),
         ("rounding", "stochastic"),  # of fp32
         ("head_learning_rate", 0.0),
+        ("ensemble", 0),
+        ("label_smoothing", 1.0),
+        ("label_smoothing", 0.1),  # of zlpr
     ],
 )
 def test_settings_are_checked(name, value):
     with pytest.raises(ValueError, match=name):
         Settings(**{name: value})
+
+
+@pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if not loss.head_loss])
+def test_losses_that_an_extreme_head_does_not_have(loss):
+    with pytest.raises(ValueError, match=f"loss='{loss}' needs head='dense'"):
+        Settings(loss=loss, head="extreme")
 
 
 class TestGenerated:
@@ -510,7 +592,7 @@ def test_real_data_reaches_its_accuracy():
     assert (train.num_rows, test.num_rows) == (4_880, 2_515)
     precision = {
         loss: fit(train, Settings(loss=loss), progress=False).evaluate(test)["P@1"]
-        for loss in LOSSES
+        for loss in ("zlpr", "sigmoid")
     }
     assert max(precision.values()) >= 62.5, precision
     assert min(precision.values()) >= 60.0, precision

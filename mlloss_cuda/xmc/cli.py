@@ -17,8 +17,9 @@ from mlloss_cuda.optimizer import ROUNDINGS, RULES
 from mlloss_cuda.xmc.data import DataError, Dataset, check_writable, read_dataset, read_pair
 from mlloss_cuda.xmc.features import TREATMENTS
 from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
+from mlloss_cuda.xmc.losses import LOSSES
 from mlloss_cuda.xmc.report import make_report, score_table, write_report
-from mlloss_cuda.xmc.trainer import HEADS, LOSSES, WEIGHT_DTYPES, Settings, fit
+from mlloss_cuda.xmc.trainer import HEADS, WEIGHT_DTYPES, Settings, fit
 
 WRONG_INPUT = 2  # exit status, the one argparse uses
 INTERRUPTED = 130  # exit status, the one shells use for Ctrl-C
@@ -218,7 +219,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keep what was parsed here, and map it into memory the next time",
     )
-    train.add_argument("--loss", choices=LOSSES, default=Settings.loss, help=f"which loss{DEFAULT}")
+    train.add_argument(
+        "--loss", choices=tuple(LOSSES), default=Settings.loss, help=f"which loss{DEFAULT}"
+    )
     train.add_argument("--report", type=Path, metavar="FILE", help="write scores etc. as JSON")
     train.add_argument(
         "--checkpoint",
@@ -305,6 +308,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         ("--batch-size", "rows per step"),
         ("--dropout", "share of hidden units dropped"),
         ("--feature-dropout", "share of feature entries dropped"),
+        ("--label-smoothing", "of losses that have it, such as sigmoid"),
+        ("--ensemble", "models to train and average"),
         ("--device", "cpu, cuda, cuda:1, ..."),
     ):
         default = getattr(Settings, flag[2:].replace("-", "_"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -155,3 +157,46 @@ class DenseMLP(_OverHidden):
         """
         logits: Tensor = self.head(self.encode(features))
         return logits
+
+
+Model = SparseMLP | DenseMLP
+
+
+@torch.no_grad()
+def joined(models: Sequence[Model]) -> Model:
+    """One model whose logits are the means of those of several, trained apart and alike.
+
+    Its hidden layer has the units of all, divided by their number: ReLU lets the factor through.
+    """
+    first, count = models[0], len(models)
+    if count == 1:
+        return first
+    weight = torch.cat([model.head.weight for model in models], dim=1)
+    num_labels, hidden = weight.shape
+    head: nn.Linear | ExtremeLinear
+    if isinstance(first.head, ExtremeLinear):
+        head = ExtremeLinear(hidden, num_labels, dtype=weight.dtype)
+    else:
+        head = nn.Linear(hidden, num_labels)
+    whole: Model
+    if isinstance(first, SparseMLP):
+        whole = SparseMLP(first.embedding.num_embeddings, num_labels, hidden, head=head)
+        features = torch.cat([_first_layer(model) for model in models], dim=1)
+    else:
+        scale, shift = first.scale, first.shift
+        whole = DenseMLP(len(scale), num_labels, hidden, head=head, scale=scale, shift=shift)
+        features = torch.cat([_first_layer(model) for model in models], dim=0)
+    whole.to(weight.device)
+    _first_layer(whole).copy_(features / count)
+    whole.hidden_bias.copy_(torch.cat([model.hidden_bias for model in models]) / count)
+    head.weight.copy_(weight)
+    biases = [model.head.bias for model in (*models, whole)]
+    *own, mean = (bias for bias in biases if bias is not None)
+    mean.copy_(torch.stack([bias.double() for bias in own]).mean(0))
+    return whole
+
+
+def _first_layer(model: Model) -> Tensor:
+    layer = model.embedding if isinstance(model, SparseMLP) else model.linear
+    weight: Tensor = layer.weight
+    return weight

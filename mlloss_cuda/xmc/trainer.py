@@ -18,8 +18,6 @@ from tqdm import tqdm
 from mlloss_cuda import (
     ExtremeLinear,
     SparseLabels,
-    multilabel_categorical_crossentropy,
-    sigmoid_cross_entropy,
     top_labels,
 )
 from mlloss_cuda.metrics import PrecisionAtK, PropensityScoredPrecisionAtK, inverse_propensity
@@ -27,12 +25,11 @@ from mlloss_cuda.optimizer import ROUNDINGS, RULES
 from mlloss_cuda.xmc.checkpoint import Checkpoint, fingerprint
 from mlloss_cuda.xmc.data import SIZE_LIMIT, Dataset, IntArray, gather_rows
 from mlloss_cuda.xmc.features import TREATMENTS, FeatureTransform
-from mlloss_cuda.xmc.model import DenseMLP, SparseMLP
+from mlloss_cuda.xmc.losses import LOSSES
+from mlloss_cuda.xmc.model import DenseMLP, Model, SparseMLP, joined
 
-Model = SparseMLP | DenseMLP
 Features = tuple[Tensor, ...]  # what the model's `encode` takes
 
-LOSSES = ("zlpr", "sigmoid")
 HEADS = ("dense", "extreme")
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPORTED_RANKS = (1, 3, 5)
@@ -59,6 +56,8 @@ class Settings:
     dropout: float = 0.3
     feature_dropout: float = 0.1
     features: str = "auto"
+    label_smoothing: float = 0.0
+    ensemble: int = 1  # models, trained one after the other, whose logits are averaged
     device: str = "cpu"
     head: str = "dense"
     # Of an extreme head, see `mlloss_cuda.ExtremeLinear`.
@@ -70,7 +69,7 @@ class Settings:
     def __post_init__(self) -> None:
         """Raises ValueError for a value that makes no sense."""
         for name, choices in (
-            ("loss", LOSSES),
+            ("loss", tuple(LOSSES)),
             ("features", TREATMENTS),
             ("head", HEADS),
             ("weight_dtype", tuple(WEIGHT_DTYPES)),
@@ -79,10 +78,10 @@ class Settings:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("epochs", "hidden", "batch_size"):
+        for name in ("epochs", "hidden", "batch_size", "ensemble"):
             if not 1 <= getattr(self, name) < SIZE_LIMIT:
                 raise ValueError(f"{name} must be in [1, 2^31), got {getattr(self, name)}")
-        for name in ("dropout", "feature_dropout"):
+        for name in ("dropout", "feature_dropout", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
@@ -98,6 +97,10 @@ class Settings:
                 value = getattr(self, field.name)
                 if field.name in of_extreme and value != field.default:
                     raise ValueError(f"{field.name}={value!r} needs head='extreme'")
+        if self.head == "extreme" and LOSSES[self.loss].head_loss is None:
+            raise ValueError(f"loss={self.loss!r} needs head='dense'")
+        if self.label_smoothing != 0 and "label_smoothing" not in LOSSES[self.loss].takes:
+            raise ValueError(f"label_smoothing is not for loss={self.loss!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
 
@@ -106,10 +109,11 @@ class Settings:
 class Epoch:
     """One pass over the training rows."""
 
-    epoch: int  # from 1
+    epoch: int  # from 1, of each model of an ensemble
     loss: float  # mean over the rows
     seconds: float  # without evaluation
-    scores: dict[str, float] | None  # on the rows of `evaluate_on`, if given
+    scores: dict[str, float] | None  # of this model, on the rows of `evaluate_on`, if given
+    member: int = 1  # which model of an ensemble
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,60 +191,78 @@ def fit(
     if not checkpoint_minutes >= 0:
         raise ValueError(f"checkpoint_minutes must not be negative, got {checkpoint_minutes}")
     device = torch.device(settings.device)
-    torch.manual_seed(settings.seed)
-
     counts = torch.from_numpy(train.label_counts())
-    propensity = inverse_propensity(counts, train.num_rows)
     transform = FeatureTransform.fit(train, settings.features)
     inputs = transform.apply(train)
     evaluation_inputs = None if evaluate_on is None else transform.apply(evaluate_on)
+    propensity = inverse_propensity(counts, train.num_rows)
 
-    model = _make_model(train, settings, counts, transform).to(device)
-    run = _Run(model, settings, train.num_rows, device)
     saved = None
+    state: dict[str, Any] = {"finished": [], "run": None}
     if checkpoint is not None:
         identity = {"settings": dataclasses.asdict(settings), "data": fingerprint(train)}
         saved = Checkpoint(checkpoint, identity, 60 * checkpoint_minutes)
-        state = saved.read()
-        if state is not None:
-            run.load_state_dict(state)
-
+        state = saved.read() or state
+    finished, unfinished = state["finished"], state["run"]
+    models: list[Model] = []
     with tqdm(
-        total=train.num_rows * settings.epochs,
-        initial=run.rows_done,
+        total=train.num_rows * settings.epochs * settings.ensemble,
         unit=" rows",
         unit_scale=True,
         desc=settings.loss,
         disable=not progress,
         mininterval=0.1 if sys.stderr.isatty() else 10,  # keep log files short
     ) as bar:
-        while run.epoch <= settings.epochs:
-            began = time.perf_counter()
-            before = run.seconds
-            model.train()
-            for rows in run.batches():
-                run.step(*_batch(inputs, rows, device), len(rows))
-                bar.update(len(rows))
-                run.seconds = before + time.perf_counter() - began
-                # A run that has diverged leaves the last good state.
-                if saved is not None and saved.is_due() and bool(run.total.isfinite()):
-                    saved.write(run.state_dict())
-            mean = float(run.total) / train.num_rows
-            if not math.isfinite(mean):
-                raise FloatingPointError(
-                    f"the loss became {mean} in epoch {run.epoch}; try a lower learning rate"
-                )
-            bar.set_postfix_str(f"epoch {run.epoch}/{settings.epochs}, loss {mean:.4f}")
-            scores = None
-            if evaluation_inputs is not None:
-                scores = _evaluate(model, evaluation_inputs, propensity, device)
-            run.finish_epoch(mean, scores)
-            if saved is not None and (saved.is_due() or run.epoch > settings.epochs):
-                saved.write(run.state_dict())
-    history = run.history
-    return Classifier(
-        settings, transform, model, propensity, history, sum(epoch.seconds for epoch in history)
-    )
+        for member in range(1, settings.ensemble + 1):
+            own = dataclasses.replace(settings, seed=_seed_of(member, settings.seed))
+            torch.manual_seed(own.seed)
+            model = _make_model(train, own, counts, transform)
+            models.append(model)
+            if member <= len(finished):
+                model.load_state_dict(finished[member - 1]["model"])
+                bar.update(train.num_rows * settings.epochs)
+                continue
+            run = _Run(model.to(device), member, own, train.num_rows, device)
+            if unfinished is not None:
+                run.load_state_dict(unfinished)
+                unfinished = None
+            bar.update(run.rows_done)
+            while run.epoch <= settings.epochs:
+                began = time.perf_counter()
+                before = run.seconds
+                model.train()
+                for rows in run.batches():
+                    run.step(*_batch(inputs, rows, device), len(rows))
+                    bar.update(len(rows))
+                    run.seconds = before + time.perf_counter() - began
+                    # A run that has diverged leaves the last good state.
+                    if saved is not None and saved.is_due() and bool(run.total.isfinite()):
+                        saved.write({"finished": finished, "run": run.state_dict()})
+                mean = float(run.total) / train.num_rows
+                if not math.isfinite(mean):
+                    raise FloatingPointError(
+                        f"the loss became {mean} in epoch {run.epoch}; try a lower learning rate"
+                    )
+                bar.set_postfix_str(f"epoch {run.epoch}/{settings.epochs}, loss {mean:.4f}")
+                scores = None
+                if evaluation_inputs is not None:
+                    scores = _evaluate(model, evaluation_inputs, propensity, device)
+                run.finish_epoch(mean, scores)
+                if saved is not None and saved.is_due() and run.epoch <= settings.epochs:
+                    saved.write({"finished": finished, "run": run.state_dict()})
+            model.cpu()  # where it waits for the others
+            history = [dataclasses.asdict(epoch) for epoch in run.history]
+            finished.append({"model": model.state_dict(), "history": history})
+            if saved is not None and (saved.is_due() or member == settings.ensemble):
+                saved.write({"finished": finished, "run": None})
+    epochs = [Epoch(**epoch) for one in finished for epoch in one["history"]]
+    seconds = sum(epoch.seconds for epoch in epochs)
+    return Classifier(settings, transform, joined(models).to(device), propensity, epochs, seconds)
+
+
+def _seed_of(member: int, seed: int) -> int:
+    """The seed of a model of an ensemble: not one that a neighbouring ensemble has too."""
+    return (seed + (member - 1 << 32)) % (1 << 63)
 
 
 def _make_model(
@@ -278,10 +300,10 @@ class _Run:
     """A model in training: everything that a step changes."""
 
     def __init__(
-        self, model: Model, settings: Settings, num_rows: int, device: torch.device
+        self, model: Model, member: int, settings: Settings, num_rows: int, device: torch.device
     ) -> None:
-        self.model, self.settings, self.num_rows = model, settings, num_rows
-        self.device = device
+        self.model, self.member, self.settings = model, member, settings
+        self.num_rows, self.device = num_rows, device
         self.epoch = 1
         self.done = 0  # rows of this epoch that have been learned from
         self.seconds = 0.0  # of this epoch
@@ -315,7 +337,7 @@ class _Run:
 
     def step(self, features: Features, labels: SparseLabels, num_rows: int) -> None:
         """Learn from a batch."""
-        loss = _loss(self.settings.loss, self.model, features, labels)
+        loss = _loss(self.settings, self.model, features, labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -326,7 +348,7 @@ class _Run:
 
     def finish_epoch(self, mean: float, scores: dict[str, float] | None) -> None:
         """Go on to the next epoch."""
-        self.history.append(Epoch(self.epoch, mean, self.seconds, scores))
+        self.history.append(Epoch(self.epoch, mean, self.seconds, scores, self.member))
         self.epoch, self.done, self.seconds = self.epoch + 1, 0, 0.0
         self.total.zero_()
 
@@ -361,32 +383,28 @@ class _Run:
             torch.cuda.set_rng_state(state["gpu_random"], self.device)
 
 
-def _loss(name: str, model: Model, features: Features, labels: SparseLabels) -> Tensor:
-    """Mean over the rows; within a row, both losses sum over the labels."""
+def _loss(settings: Settings, model: Model, features: Features, labels: SparseLabels) -> Tensor:
+    """Mean over the rows."""
+    loss, options = LOSSES[settings.loss], dict[str, Any]()
+    if settings.label_smoothing != 0:
+        options["label_smoothing"] = settings.label_smoothing
     hidden = model.encode(*features)
     if isinstance(model.head, ExtremeLinear):
         scale = FP16_LOSS_SCALE if model.head.weight.dtype == torch.float16 else 1.0
-        options: dict[str, Any] = {"loss_scale": scale}
-        if name == "zlpr":
-            options["loss"] = "multilabel_categorical_crossentropy"
-        else:
-            options["reduction"] = "batchmean"
-        return model.head.loss(hidden, labels, **options)
-    logits = model.head(hidden)
-    if name == "zlpr":
-        return multilabel_categorical_crossentropy(logits, labels)
-    return sigmoid_cross_entropy(logits, labels, reduction="batchmean")
+        return model.head.loss(
+            hidden,
+            labels,
+            loss=str(loss.head_loss),
+            reduction=loss.reduction,
+            loss_scale=scale,
+            **options,
+        )
+    return loss(model.head(hidden), labels, **options)
 
 
 def _initial_bias(loss: str, counts: Tensor, num_rows: int) -> Tensor | None:
-    """Where the bias of the output starts.
-
-    Sigmoid cross-entropy starts at the labels' log-odds: otherwise many steps pass before it has
-    learned that nearly every label is absent. ZLPR compares labels within a row, and of the
-    positives of a row nearly all the gradient goes to the lowest. With log-odds that is the rarest
-    one, and the frequent labels, which are what can be learned first, would get none.
-    """
-    if loss == "zlpr":
+    """Where the bias of the output starts, see `LOSSES`."""
+    if not LOSSES[loss].starts_at_log_odds:
         return None
     return torch.logit((counts + 0.5) / (num_rows + 1)).float()
 

@@ -1,0 +1,75 @@
+"""The losses that the trainer knows, by name, and what their logits mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mlloss_cuda import (
+    SparseLabels,
+    asymmetric_loss,
+    multilabel_categorical_crossentropy,
+    multilabel_ranking_loss,
+    multilabel_softmax_cross_entropy,
+    sigmoid_cross_entropy,
+    sigmoid_focal_loss,
+)
+
+
+class TrainingLoss(NamedTuple):
+    """A loss, averaged over rows; within a row it sums over the labels.
+
+    Attributes:
+        function: takes logits, labels, and the options that follow.
+        reduction: the mean over rows.
+        head_loss: its name for `ExtremeLinear.loss`, None if there is none.
+        takes: names of the options it has: 'label_smoothing', 'pos_weight'.
+        starts_at_log_odds: whether the bias of the output starts at the labels' log-odds.
+    """
+
+    function: Callable[..., Tensor]
+    reduction: str
+    head_loss: str | None
+    takes: frozenset[str]
+    starts_at_log_odds: bool
+
+    def __call__(self, logits: Tensor, labels: SparseLabels, **options: Any) -> Tensor:
+        """The loss, 0-d."""
+        return self.function(logits, labels, reduction=self.reduction, **options)
+
+
+# Sigmoid cross-entropy and its relatives start at the labels' log-odds: otherwise many steps pass
+# before they have learned that nearly every label is absent. The row-wise losses compare labels
+# within a row, and of the positives of a row nearly all the gradient goes to the lowest. With
+# log-odds that is the rarest one, and the frequent labels, which are what can be learned first,
+# would get none.
+LOSSES = {
+    "zlpr": TrainingLoss(
+        multilabel_categorical_crossentropy,
+        "mean",
+        "multilabel_categorical_crossentropy",
+        frozenset(),
+        starts_at_log_odds=False,
+    ),
+    "sigmoid": TrainingLoss(
+        sigmoid_cross_entropy,
+        "batchmean",
+        "sigmoid_cross_entropy",
+        frozenset({"label_smoothing", "pos_weight"}),
+        starts_at_log_odds=True,
+    ),
+    "focal": TrainingLoss(
+        sigmoid_focal_loss, "batchmean", None, frozenset({"pos_weight"}), starts_at_log_odds=True
+    ),
+    "asymmetric": TrainingLoss(
+        asymmetric_loss, "batchmean", None, frozenset(), starts_at_log_odds=True
+    ),
+    "ranking": TrainingLoss(
+        multilabel_ranking_loss, "mean", None, frozenset(), starts_at_log_odds=False
+    ),
+    "softmax": TrainingLoss(
+        multilabel_softmax_cross_entropy, "mean", None, frozenset(), starts_at_log_odds=False
+    ),
+}
