@@ -93,6 +93,20 @@ def test_train_as_a_process(folder, tmp_path):
     assert "native" in report["versions"]["build"]
 
 
+def test_an_ensemble(folder, tmp_path):
+    path = tmp_path / "report.json"
+    options = ["--ensemble", "2", "--loss", "sigmoid", "--label-smoothing", "0.01"]
+    arguments = ["train", *files(folder), *QUICK, *options, "--report", str(path)]
+    assert main([*arguments, "--quiet"]) == 0
+    report = json.loads(path.read_text())
+    assert report["settings"]["ensemble"] == 2
+    assert report["settings"]["label_smoothing"] == 0.01
+    assert [(e["member"], e["epoch"]) for e in report["epochs"]] == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    assert report["parameters"] == 2 * (200 * 16 + 16 + 16 * 50) + 50
+    rows = report["rows_per_second"] * report["train_seconds"]
+    assert rows == pytest.approx(2 * 2 * 300, rel=0.05)
+
+
 def test_same_command_same_scores(folder, tmp_path):
     reports = []
     for name in ("first.json", "second.json"):

@@ -222,6 +222,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--loss", choices=tuple(LOSSES), default=Settings.loss, help=f"which loss{DEFAULT}"
     )
+    for flag, meaning in (
+        ("--label-smoothing", "of --loss sigmoid"),
+        ("--ensemble", "models to train, whose logits are averaged"),
+    ):
+        default = getattr(Settings, flag[2:].replace("-", "_"))
+        train.add_argument(
+            flag, type=type(default), default=default, metavar="VALUE", help=meaning + DEFAULT
+        )
     train.add_argument("--report", type=Path, metavar="FILE", help="write scores etc. as JSON")
     train.add_argument(
         "--checkpoint",
@@ -308,8 +316,6 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         ("--batch-size", "rows per step"),
         ("--dropout", "share of hidden units dropped"),
         ("--feature-dropout", "share of feature entries dropped"),
-        ("--label-smoothing", "of losses that have it, such as sigmoid"),
-        ("--ensemble", "models to train and average"),
         ("--device", "cpu, cuda, cuda:1, ..."),
     ):
         default = getattr(Settings, flag[2:].replace("-", "_"))

@@ -33,7 +33,7 @@ def make_report(
         **_without_nan(scores),
         "train_seconds": round(classifier.train_seconds, 3),
         "rows_per_second": round(
-            train.num_rows * settings.epochs / max(classifier.train_seconds, 1e-9), 1
+            train.num_rows * len(classifier.history) / max(classifier.train_seconds, 1e-9), 1
         ),
         "seed": settings.seed,
         "settings": dataclasses.asdict(settings),
@@ -56,6 +56,7 @@ def make_report(
         },
         "epochs": [
             {
+                "member": epoch.member,
                 "epoch": epoch.epoch,
                 "loss": epoch.loss,
                 "seconds": round(epoch.seconds, 3),

@@ -204,9 +204,14 @@ def fit(
         saved = Checkpoint(checkpoint, identity, 60 * checkpoint_minutes)
         state = saved.read() or state
     finished, unfinished = state["finished"], state["run"]
+    of_model = train.num_rows * settings.epochs
+    rows_done = of_model * len(finished)
+    if unfinished is not None:
+        rows_done += (unfinished["epoch"] - 1) * train.num_rows + unfinished["done"]
     models: list[Model] = []
     with tqdm(
-        total=train.num_rows * settings.epochs * settings.ensemble,
+        total=of_model * settings.ensemble,
+        initial=rows_done,
         unit=" rows",
         unit_scale=True,
         desc=settings.loss,
@@ -220,13 +225,11 @@ def fit(
             models.append(model)
             if member <= len(finished):
                 model.load_state_dict(finished[member - 1]["model"])
-                bar.update(train.num_rows * settings.epochs)
                 continue
             run = _Run(model.to(device), member, own, train.num_rows, device)
             if unfinished is not None:
                 run.load_state_dict(unfinished)
                 unfinished = None
-            bar.update(run.rows_done)
             while run.epoch <= settings.epochs:
                 began = time.perf_counter()
                 before = run.seconds
@@ -321,11 +324,6 @@ class _Run:
             )
             for optimizer in optimizers
         ]
-
-    @property
-    def rows_done(self) -> int:
-        """Of all epochs."""
-        return (self.epoch - 1) * self.num_rows + self.done
 
     def batches(self) -> Iterator[IntArray]:
         """The rows of the batches of this epoch that have not been learned from."""
