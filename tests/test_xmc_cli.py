@@ -466,15 +466,22 @@ def test_the_losses_do_not_import_what_only_training_needs():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("missing", ["tqdm", "matplotlib"])
-def test_missing_packages_are_named(folder, tmp_path, missing):
+@pytest.mark.parametrize(
+    ("missing", "command"),
+    [
+        ("tqdm", ["demo", "--data"]),
+        ("matplotlib", ["demo", "--data"]),
+        ("safetensors", ["info", "--model"]),
+    ],
+)
+def test_missing_packages_are_named(folder, tmp_path, missing, command):
     (tmp_path / f"{missing}.py").write_text(f"raise ModuleNotFoundError('gone', name='{missing}')")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv[0] = 'xmc';"
         "import runpy; runpy.run_module('mlloss_cuda.xmc', run_name='__main__')"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "demo", "--data", str(folder)],
+        [sys.executable, "-c", code, *command, str(folder)],
         capture_output=True,
         text=True,
         check=False,

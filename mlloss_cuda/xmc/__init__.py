@@ -1,6 +1,7 @@
 """Extreme multi-label classification: data files, a model, training, evaluation, a command line.
 
-    python -m mlloss_cuda.xmc train --train FILE --test FILE
+    python -m mlloss_cuda.xmc train --train FILE --test FILE --model MODEL
+    python -m mlloss_cuda.xmc evaluate --model MODEL --test FILE
     python -m mlloss_cuda.xmc demo
 
 From Python:
@@ -21,12 +22,14 @@ except ModuleNotFoundError as error:
     ) from error
 
 from mlloss_cuda.xmc.checkpoint import CheckpointError
+from mlloss_cuda.xmc.classifier import Classifier, Epoch, ModelError
 from mlloss_cuda.xmc.data import (
     DataError,
     Dataset,
     from_sklearn_openml,
     from_sklearn_rcv1,
     read_dataset,
+    read_features,
     read_filter_pairs,
     read_pair,
     write_dataset,
@@ -34,7 +37,8 @@ from mlloss_cuda.xmc.data import (
 from mlloss_cuda.xmc.features import FeatureTransform
 from mlloss_cuda.xmc.generated import GeneratorSettings, generate
 from mlloss_cuda.xmc.model import DenseMLP, SparseMLP
-from mlloss_cuda.xmc.trainer import Classifier, Epoch, Settings, fit
+from mlloss_cuda.xmc.settings import Settings
+from mlloss_cuda.xmc.trainer import fit
 
 __all__ = [
     "CheckpointError",
@@ -45,6 +49,7 @@ __all__ = [
     "Epoch",
     "FeatureTransform",
     "GeneratorSettings",
+    "ModelError",
     "Settings",
     "SparseMLP",
     "fit",
@@ -52,6 +57,7 @@ __all__ = [
     "from_sklearn_rcv1",
     "generate",
     "read_dataset",
+    "read_features",
     "read_filter_pairs",
     "read_pair",
     "write_dataset",

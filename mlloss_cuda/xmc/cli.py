@@ -1,9 +1,10 @@
-"""The command line: train, demo, generate."""
+"""The command line: train, evaluate, predict, info, demo, generate."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,14 +13,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mlloss_cuda import __version__
+from mlloss_cuda import __version__, build_info
+from mlloss_cuda.metrics import labels_of_pairs
 from mlloss_cuda.optimizer import ROUNDINGS, RULES
-from mlloss_cuda.xmc.data import DataError, Dataset, check_writable, read_dataset, read_pair
+from mlloss_cuda.xmc.classifier import Classifier, load_safetensors
+from mlloss_cuda.xmc.data import (
+    DataError,
+    Dataset,
+    check_writable,
+    read_dataset,
+    read_features,
+    read_filter_pairs,
+    read_pair,
+)
 from mlloss_cuda.xmc.features import TREATMENTS
 from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
 from mlloss_cuda.xmc.losses import LOSSES
-from mlloss_cuda.xmc.report import make_report, score_table, write_report
-from mlloss_cuda.xmc.trainer import HEADS, WEIGHT_DTYPES, Settings, fit
+from mlloss_cuda.xmc.report import (
+    evaluation_table,
+    make_report,
+    score_table,
+    without_nan,
+    write_predictions,
+    write_report,
+)
+from mlloss_cuda.xmc.settings import HEADS, WEIGHT_DTYPES, Settings
+from mlloss_cuda.xmc.trainer import fit
 
 WRONG_INPUT = 2  # exit status, the one argparse uses
 INTERRUPTED = 130  # exit status, the one shells use for Ctrl-C
@@ -81,6 +100,9 @@ def _train(options: argparse.Namespace) -> None:
         check_writable(options.report)  # not only after all the training
     if options.checkpoint is not None:
         check_writable(options.checkpoint)
+    if options.model is not None:
+        load_safetensors()
+        check_writable(options.model)
     if not options.checkpoint_minutes >= 0:
         raise ValueError(
             f"--checkpoint-minutes must not be negative, got {options.checkpoint_minutes}"
@@ -118,6 +140,58 @@ def _train(options: argparse.Namespace) -> None:
     print(score_table([report]))
     if options.report is not None:
         write_report(options.report, report)
+    if options.model is not None:
+        classifier.save(options.model)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if options.report is not None:
+        check_writable(options.report)
+    _prepare_torch(options)
+    classifier = Classifier.load(options.model, options.device)
+    test = read_dataset(options.test, options.test_labels, cache=options.cache)
+    if test.num_rows == 0:
+        raise ValueError(f"--test {options.test}: no rows to test on")
+    exclude = None
+    if options.filter is not None:
+        pairs = read_filter_pairs(options.filter, test.num_rows, classifier.num_labels)
+        exclude = labels_of_pairs(torch.from_numpy(pairs), test.num_rows)
+    scores = classifier.evaluate(test, exclude=exclude)
+    print(evaluation_table(scores))
+    if options.report is not None:
+        write_report(options.report, without_nan(scores))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    check_writable(options.output)
+    if options.k < 1:
+        raise ValueError(f"--k must be at least 1, got {options.k}")
+    _prepare_torch(options)
+    classifier = Classifier.load(options.model, options.device)
+    rows = (read_features if options.features_only else read_dataset)(options.input)
+    logits, labels = classifier.top_k_scores(rows, options.k)
+    write_predictions(options.output, classifier, logits.sigmoid(), labels)
+
+
+def _info(options: argparse.Namespace) -> None:
+    if options.model is None:
+        print(json.dumps(build_info(), indent=2))
+        return
+    classifier = Classifier.load(options.model)
+    counts = classifier.label_counts
+    facts = {
+        "features": classifier.num_features,
+        "labels": classifier.num_labels,
+        "labels never seen": int((counts == 0).sum()),
+        "train_rows": classifier.train_rows,
+        "labels_per_row": round(float(counts.sum()) / classifier.train_rows, 4),
+        "parameters": sum(p.numel() for p in classifier.model.parameters()),
+        "feature_treatment": classifier.transform.treatment,
+        "train_seconds": round(classifier.train_seconds, 3),
+        "last_loss": classifier.history[-1].loss,
+        "settings": dataclasses.asdict(classifier.settings),
+    }
+    print(json.dumps(facts, indent=2))
 
 
 def _hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -149,11 +223,7 @@ def _generate(options: argparse.Namespace) -> None:
 
 def _settings(options: argparse.Namespace) -> Settings:
     """Settings from the options, and torch set up as they say."""
-    if options.threads is not None:
-        if options.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {options.threads}")
-        torch.set_num_threads(options.threads)
-    _check_device(options.device)
+    _prepare_torch(options)
     return Settings(
         **{
             field.name: getattr(options, field.name)
@@ -161,6 +231,14 @@ def _settings(options: argparse.Namespace) -> Settings:
             if hasattr(options, field.name)
         }
     )
+
+
+def _prepare_torch(options: argparse.Namespace) -> None:
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {options.threads}")
+        torch.set_num_threads(options.threads)
+    _check_device(options.device)
 
 
 def _check_device(name: str) -> None:
@@ -232,6 +310,9 @@ def _parser() -> argparse.ArgumentParser:
         )
     train.add_argument("--report", type=Path, metavar="FILE", help="write scores etc. as JSON")
     train.add_argument(
+        "--model", type=Path, metavar="FILE", help="write the trained model here (safetensors)"
+    )
+    train.add_argument(
         "--checkpoint",
         type=Path,
         metavar="FILE",
@@ -270,6 +351,53 @@ def _parser() -> argparse.ArgumentParser:
         help="with --head extreme, its learning rate (default: that of --lr)",
     )
     _add_settings(train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="report how good a saved model is on a data file",
+        description="P@k, PSP@k, nDCG@k, PSnDCG@k, recall and coverage at k of a saved model, and "
+        "what head, torso and tail labels add to P@k, each with a third of the training "
+        "occurrences.",
+    )
+    evaluate.set_defaults(run=_evaluate)
+    evaluate.add_argument("--test", type=Path, required=True, metavar="FILE", help="test rows")
+    evaluate.add_argument(
+        "--test-labels", type=Path, metavar="FILE", help="labels, where --test holds features alone"
+    )
+    evaluate.add_argument(
+        "--filter", type=Path, metavar="FILE", help="pairs 'row label' that do not count"
+    )
+    evaluate.add_argument("--cache", type=Path, metavar="DIR", help="see train")
+    evaluate.add_argument("--report", type=Path, metavar="FILE", help="write scores as JSON")
+    predict = commands.add_parser(
+        "predict",
+        help="write the best labels of each row of a data file",
+        description="Write a line 'label:score label:score ...' for each row, best first, below a "
+        "header 'N L'. Scores are sigmoids of logits: probabilities after training with --loss "
+        "sigmoid, and otherwise numbers with their order. Labels count as in the training file; "
+        "where that has no header and counts from 1, there is no header here either.",
+    )
+    predict.set_defaults(run=_predict)
+    predict.add_argument("--input", type=Path, required=True, metavar="FILE", help="rows")
+    predict.add_argument(
+        "--features-only", action="store_true", help="--input holds features alone, no labels"
+    )
+    predict.add_argument("--output", type=Path, required=True, metavar="FILE", help="for labels")
+    predict.add_argument("--k", type=int, default=5, metavar="VALUE", help=f"labels{DEFAULT}")
+    for command in (evaluate, predict):
+        command.add_argument("--model", type=Path, required=True, metavar="FILE", help="by train")
+        command.add_argument(
+            "--device", default="cpu", metavar="VALUE", help=f"cpu, cuda, cuda:1, ...{DEFAULT}"
+        )
+        command.add_argument("--threads", type=int, metavar="VALUE", help="on the CPU")
+    info = commands.add_parser(
+        "info",
+        help="show what a saved model is, or what this installation has",
+        description="Print JSON: of a saved model its sizes, settings and training; without one, "
+        "how this library was built.",
+    )
+    info.set_defaults(run=_info)
+    info.add_argument("--model", type=Path, metavar="FILE", help="by train")
 
     demo = commands.add_parser(
         "demo",

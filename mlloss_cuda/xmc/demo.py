@@ -16,7 +16,8 @@ from mlloss_cuda.xmc.report import (
     score_table,
     write_report,
 )
-from mlloss_cuda.xmc.trainer import Settings, fit
+from mlloss_cuda.xmc.settings import Settings
+from mlloss_cuda.xmc.trainer import fit
 
 RESULTS = ("demo.png", "report.json")
 COMPARED = ("zlpr", "sigmoid")  # losses

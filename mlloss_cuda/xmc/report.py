@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mlloss_cuda import __version__, build_info
+from mlloss_cuda.xmc.classifier import REPORTED_RANKS, Classifier
 from mlloss_cuda.xmc.data import Dataset, atomic_file
-from mlloss_cuda.xmc.trainer import REPORTED_RANKS, Classifier
 
 SCORES = tuple(f"{name}@{k}" for name in ("P", "PSP") for k in REPORTED_RANKS)
 
@@ -30,7 +31,7 @@ def make_report(
     settings = classifier.settings
     return {
         "loss": settings.loss,
-        **_without_nan(scores),
+        **without_nan(scores),
         "train_seconds": round(classifier.train_seconds, 3),
         "rows_per_second": round(
             train.num_rows * len(classifier.history) / max(classifier.train_seconds, 1e-9), 1
@@ -60,7 +61,7 @@ def make_report(
                 "epoch": epoch.epoch,
                 "loss": epoch.loss,
                 "seconds": round(epoch.seconds, 3),
-                **({} if epoch.scores is None else _without_nan(epoch.scores)),
+                **({} if epoch.scores is None else without_nan(epoch.scores)),
             }
             for epoch in classifier.history
         ],
@@ -107,5 +108,31 @@ def score_table(reports: Sequence[Mapping[str, Any]]) -> str:
     return format_table(["loss", *SCORES, "train s", "rows/s"], rows)
 
 
-def _without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
+def evaluation_table(scores: Mapping[str, float]) -> str:
+    """One line per metric, one column per k."""
+    lines: dict[str, list[str]] = {}
+    for name, score in scores.items():
+        metric, _, rest = name.partition("@")
+        _, _, group = rest.partition(" ")
+        text = "-" if math.isnan(score) else f"{score:.2f}"
+        lines.setdefault(f"{metric} {group}".strip(), []).append(text)
+    rows = [[name, *values] for name, values in lines.items()]
+    return format_table(["", *(f"@{k}" for k in REPORTED_RANKS)], rows)
+
+
+def write_predictions(
+    path: str | os.PathLike[str], classifier: Classifier, scores: Tensor, labels: Tensor
+) -> None:
+    """Write labels and scores [N, k] as text. The file appears only when it is complete."""
+    first = classifier.first_label_id
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="ascii") as file:
+        if first == 0:
+            file.write(f"{len(labels)} {classifier.num_labels}\n")
+        for ids, values in zip(labels.tolist(), scores.tolist(), strict=True):
+            pairs = zip(ids, values, strict=True)
+            file.write(" ".join(f"{id + first}:{value:.6g}" for id, value in pairs) + "\n")
+
+
+def without_nan(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Scores for JSON, which has no NaN."""
     return {name: None if math.isnan(score) else score for name, score in scores.items()}

@@ -1,4 +1,4 @@
-"""Training and evaluation. No dense target matrix is ever made: the targets are `SparseLabels`."""
+"""Training. No dense target matrix is ever made: the targets are `SparseLabels`."""
 
 from __future__ import annotations
 
@@ -15,142 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from mlloss_cuda import (
-    ExtremeLinear,
-    SparseLabels,
-    top_labels,
-)
-from mlloss_cuda.metrics import PrecisionAtK, PropensityScoredPrecisionAtK, inverse_propensity
-from mlloss_cuda.optimizer import ROUNDINGS, RULES
+from mlloss_cuda import ExtremeLinear, SparseLabels, inverse_propensity
 from mlloss_cuda.xmc.checkpoint import Checkpoint, fingerprint
-from mlloss_cuda.xmc.data import SIZE_LIMIT, Dataset, IntArray, gather_rows
-from mlloss_cuda.xmc.features import TREATMENTS, FeatureTransform
+from mlloss_cuda.xmc.classifier import Classifier, Epoch, Features, batch_of, curve_scores
+from mlloss_cuda.xmc.data import Dataset, IntArray
+from mlloss_cuda.xmc.features import FeatureTransform
 from mlloss_cuda.xmc.losses import LOSSES
 from mlloss_cuda.xmc.model import DenseMLP, Model, SparseMLP, joined
+from mlloss_cuda.xmc.settings import WEIGHT_DTYPES, Settings
 
-Features = tuple[Tensor, ...]  # what the model's `encode` takes
-
-HEADS = ("dense", "extreme")
-WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-REPORTED_RANKS = (1, 3, 5)
 WARMUP_SHARE = 0.1  # of the steps, in which the learning rate rises from 0
 FP16_LOSS_SCALE = 2.0**14  # gradients of rare labels are below fp16's smallest number, 2^-24
-EVALUATION_ROWS = 1024  # per batch; only memory depends on it
-EVALUATION_LOGITS = 2**25  # per batch, 128 MiB; with more than 2^15 labels, batches get smaller
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What decides the result of a training run, besides the data.
-
-    The defaults were chosen on rows held out of the training files (`--validation`), and serve
-    both losses and data sets from a dozen to tens of thousands of labels.
-    """
-
-    loss: str = "zlpr"
-    epochs: int = 12
-    seed: int = 0
-    hidden: int = 512
-    batch_size: int = 256
-    learning_rate: float = 5e-3
-    dropout: float = 0.3
-    feature_dropout: float = 0.1
-    features: str = "auto"
-    label_smoothing: float = 0.0
-    ensemble: int = 1  # models, trained one after the other, whose logits are averaged
-    device: str = "cpu"
-    head: str = "dense"
-    # Of an extreme head, see `mlloss_cuda.ExtremeLinear`.
-    weight_dtype: str = "fp32"
-    optimizer: str = "adamw"
-    head_learning_rate: float | None = None  # None: learning_rate
-    rounding: str = "nearest"
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value that makes no sense."""
-        for name, choices in (
-            ("loss", tuple(LOSSES)),
-            ("features", TREATMENTS),
-            ("head", HEADS),
-            ("weight_dtype", tuple(WEIGHT_DTYPES)),
-            ("optimizer", tuple(RULES)),
-            ("rounding", tuple(ROUNDINGS)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("epochs", "hidden", "batch_size", "ensemble"):
-            if not 1 <= getattr(self, name) < SIZE_LIMIT:
-                raise ValueError(f"{name} must be in [1, 2^31), got {getattr(self, name)}")
-        for name in ("dropout", "feature_dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
-        rate = self.head_learning_rate
-        if rate is not None and not 0 < rate < math.inf:
-            raise ValueError(f"head_learning_rate must be above 0 and finite, got {rate}")
-        if self.rounding != "nearest" and self.weight_dtype == "fp32":
-            raise ValueError(f"rounding={self.rounding!r} needs weight_dtype 'bf16' or 'fp16'")
-        if self.head == "dense":
-            for field in dataclasses.fields(self):
-                of_extreme = ("weight_dtype", "optimizer", "head_learning_rate", "rounding")
-                value = getattr(self, field.name)
-                if field.name in of_extreme and value != field.default:
-                    raise ValueError(f"{field.name}={value!r} needs head='extreme'")
-        if self.head == "extreme" and LOSSES[self.loss].head_loss is None:
-            raise ValueError(f"loss={self.loss!r} needs head='dense'")
-        if self.label_smoothing != 0 and "label_smoothing" not in LOSSES[self.loss].takes:
-            raise ValueError(f"label_smoothing is not for loss={self.loss!r}")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Epoch:
-    """One pass over the training rows."""
-
-    epoch: int  # from 1, of each model of an ensemble
-    loss: float  # mean over the rows
-    seconds: float  # without evaluation
-    scores: dict[str, float] | None  # of this model, on the rows of `evaluate_on`, if given
-    member: int = 1  # which model of an ensemble
-
-
-@dataclasses.dataclass(frozen=True)
-class Classifier:
-    """A trained model with all that is needed to apply it."""
-
-    settings: Settings
-    transform: FeatureTransform
-    model: Model
-    inverse_propensity: Tensor  # [num_labels]
-    history: list[Epoch]
-    train_seconds: float  # without reading and evaluation
-
-    def top_k(self, dataset: Dataset, k: int) -> Tensor:
-        """The ids of the k best labels of each row, best first: int64 [N, min(k, num_labels)]."""
-        k = min(k, dataset.num_labels)
-        inputs = self.transform.apply(dataset)
-        batches = [ranked.cpu() for ranked, _ in _predict(self.model, inputs, self.device, k)]
-        return torch.cat(batches) if batches else torch.zeros(0, k, dtype=torch.int64)
-
-    @torch.no_grad()
-    def logits(self, dataset: Dataset) -> Iterator[tuple[Tensor, SparseLabels]]:
-        """Logits ``[N, num_labels]`` and labels of the rows, batch by batch."""
-        inputs = self.transform.apply(dataset)
-        for hidden, labels in _encoded(self.model, inputs, self.device, holds_logits=True):
-            yield self.model.head(hidden), labels
-
-    def evaluate(self, dataset: Dataset) -> dict[str, float]:
-        """P@k and PSP@k for k in `REPORTED_RANKS`, in percent."""
-        return _evaluate(
-            self.model, self.transform.apply(dataset), self.inverse_propensity, self.device
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.head.weight.device
 
 
 def fit(
@@ -235,7 +110,7 @@ def fit(
                 before = run.seconds
                 model.train()
                 for rows in run.batches():
-                    run.step(*_batch(inputs, rows, device), len(rows))
+                    run.step(*batch_of(inputs, rows, device), len(rows))
                     bar.update(len(rows))
                     run.seconds = before + time.perf_counter() - began
                     # A run that has diverged leaves the last good state.
@@ -249,7 +124,7 @@ def fit(
                 bar.set_postfix_str(f"epoch {run.epoch}/{settings.epochs}, loss {mean:.4f}")
                 scores = None
                 if evaluation_inputs is not None:
-                    scores = _evaluate(model, evaluation_inputs, propensity, device)
+                    scores = curve_scores(model, evaluation_inputs, propensity)
                 run.finish_epoch(mean, scores)
                 if saved is not None and saved.is_due() and run.epoch <= settings.epochs:
                     saved.write({"finished": finished, "run": run.state_dict()})
@@ -260,7 +135,17 @@ def fit(
                 saved.write({"finished": finished, "run": None})
     epochs = [Epoch(**epoch) for one in finished for epoch in one["history"]]
     seconds = sum(epoch.seconds for epoch in epochs)
-    return Classifier(settings, transform, joined(models).to(device), propensity, epochs, seconds)
+    return Classifier(
+        settings,
+        transform,
+        joined(models).to(device),
+        counts,
+        train.num_rows,
+        train.first_feature_id,
+        train.first_label_id,
+        epochs,
+        seconds,
+    )
 
 
 def _seed_of(member: int, seed: int) -> int:
@@ -413,68 +298,3 @@ def _learning_rate_factor(step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _batch(dataset: Dataset, rows: IntArray, device: torch.device) -> tuple[Features, SparseLabels]:
-    """Dense features, or feature ids, values and offsets, of some rows, and their labels."""
-    arrays: tuple[np.ndarray, ...]
-    if dataset.dense_features is not None:
-        arrays = (dataset.dense_features[rows],)
-    else:
-        entries, offsets = gather_rows(dataset.feature_offsets, rows)
-        arrays = dataset.feature_ids[entries], dataset.feature_values[entries], offsets
-    features = tuple(torch.from_numpy(array).to(device) for array in arrays)
-    label_entries, label_offsets = gather_rows(dataset.label_offsets, rows)
-    labels = SparseLabels(
-        torch.from_numpy(dataset.label_ids[label_entries]), torch.from_numpy(label_offsets)
-    )
-    return features, labels.to(device)
-
-
-@torch.no_grad()
-def _encoded(
-    model: Model, inputs: Dataset, device: torch.device, holds_logits: bool
-) -> Iterator[tuple[Tensor, SparseLabels]]:
-    """What the head is applied to, and the labels, batch by batch; features are transformed ones.
-
-    Batches are small enough for all their logits, if they are to be held.
-    """
-    model.eval()
-    batch_rows = EVALUATION_ROWS
-    if holds_logits:
-        batch_rows = min(batch_rows, max(1, EVALUATION_LOGITS // max(inputs.num_labels, 1)))
-    for start in range(0, inputs.num_rows, batch_rows):
-        rows = np.arange(start, min(start + batch_rows, inputs.num_rows))
-        features, labels = _batch(inputs, rows, device)
-        yield model.encode(*features), labels
-
-
-def _predict(
-    model: Model, inputs: Dataset, device: torch.device, k: int
-) -> Iterator[tuple[Tensor, SparseLabels]]:
-    """The k best labels [N, k] and the labels, batch by batch; features are transformed ones."""
-    is_extreme = isinstance(model.head, ExtremeLinear)
-    for hidden, labels in _encoded(model, inputs, device, holds_logits=not is_extreme):
-        with torch.no_grad():
-            if isinstance(model.head, ExtremeLinear):
-                best = model.head.topk(hidden, k)[1]
-            else:
-                best = top_labels(model.head(hidden), k)[1]
-        yield best, labels
-
-
-def _evaluate(
-    model: Model, inputs: Dataset, propensity: Tensor, device: torch.device
-) -> dict[str, float]:
-    most = max(REPORTED_RANKS)
-    precision = PrecisionAtK(most)
-    weighted = PropensityScoredPrecisionAtK(propensity, most)
-    for ranked, labels in _predict(model, inputs, device, min(most, inputs.num_labels)):
-        precision.update(ranked, labels)
-        weighted.update(ranked, labels)
-    values = {"P": precision.compute(), "PSP": weighted.compute()}
-    return {
-        f"{name}@{k}": 100 * float(value[k - 1])
-        for name, value in values.items()
-        for k in REPORTED_RANKS
-    }

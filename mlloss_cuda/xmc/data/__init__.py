@@ -45,7 +45,7 @@ from mlloss_cuda.xmc.data.csr import (
 from mlloss_cuda.xmc.data.dataset import Dataset
 from mlloss_cuda.xmc.data.files import DataError, atomic_file, check_writable
 from mlloss_cuda.xmc.data.filters import read_filter_pairs
-from mlloss_cuda.xmc.data.reading import read_dataset, read_pair
+from mlloss_cuda.xmc.data.reading import read_dataset, read_features, read_pair
 from mlloss_cuda.xmc.data.sources import from_sklearn_openml, from_sklearn_rcv1
 from mlloss_cuda.xmc.data.text import write_dataset
 
@@ -63,6 +63,7 @@ __all__ = [
     "from_sklearn_rcv1",
     "gather_rows",
     "read_dataset",
+    "read_features",
     "read_filter_pairs",
     "read_pair",
     "row_chunks",

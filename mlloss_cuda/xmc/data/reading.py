@@ -64,6 +64,23 @@ def read_dataset(path: Path, labels: Path | None = None, *, cache: Path | None =
     )
 
 
+def read_features(path: Path, *, cache: Path | None = None) -> Dataset:
+    """Read rows of features alone, to predict labels for.
+
+    Args:
+        path: features, as for `read_dataset` with `labels`.
+        cache: as of `read_dataset`.
+
+    Returns:
+        Rows without labels; `num_labels` is 0.
+
+    Raises:
+        DataError: the file is not what the package's description says.
+        OSError: it cannot be read, or is no regular file.
+    """
+    return _read(path, "features", cache)
+
+
 def read_pair(
     train_path: Path,
     test_path: Path,

@@ -1,0 +1,82 @@
+"""What decides the result of a training run, besides the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from mlloss_cuda.optimizer import ROUNDINGS, RULES
+from mlloss_cuda.xmc.data import SIZE_LIMIT
+from mlloss_cuda.xmc.features import TREATMENTS
+from mlloss_cuda.xmc.losses import LOSSES
+
+HEADS = ("dense", "extreme")
+WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What decides the result of a training run, besides the data.
+
+    The defaults were chosen on rows held out of the training files (`--validation`), and serve
+    both losses and data sets from a dozen to tens of thousands of labels.
+    """
+
+    loss: str = "zlpr"
+    epochs: int = 12
+    seed: int = 0
+    hidden: int = 512
+    batch_size: int = 256
+    learning_rate: float = 5e-3
+    dropout: float = 0.3
+    feature_dropout: float = 0.1
+    features: str = "auto"
+    label_smoothing: float = 0.0
+    ensemble: int = 1  # models, trained one after the other, whose logits are averaged
+    device: str = "cpu"
+    head: str = "dense"
+    # Of an extreme head, see `mlloss_cuda.ExtremeLinear`.
+    weight_dtype: str = "fp32"
+    optimizer: str = "adamw"
+    head_learning_rate: float | None = None  # None: learning_rate
+    rounding: str = "nearest"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that makes no sense."""
+        for name, choices in (
+            ("loss", tuple(LOSSES)),
+            ("features", TREATMENTS),
+            ("head", HEADS),
+            ("weight_dtype", tuple(WEIGHT_DTYPES)),
+            ("optimizer", tuple(RULES)),
+            ("rounding", tuple(ROUNDINGS)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        for name in ("epochs", "hidden", "batch_size", "ensemble"):
+            if not 1 <= getattr(self, name) < SIZE_LIMIT:
+                raise ValueError(f"{name} must be in [1, 2^31), got {getattr(self, name)}")
+        for name in ("dropout", "feature_dropout", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0 and finite, got {self.learning_rate}")
+        rate = self.head_learning_rate
+        if rate is not None and not 0 < rate < math.inf:
+            raise ValueError(f"head_learning_rate must be above 0 and finite, got {rate}")
+        if self.rounding != "nearest" and self.weight_dtype == "fp32":
+            raise ValueError(f"rounding={self.rounding!r} needs weight_dtype 'bf16' or 'fp16'")
+        if self.head == "dense":
+            for field in dataclasses.fields(self):
+                of_extreme = ("weight_dtype", "optimizer", "head_learning_rate", "rounding")
+                value = getattr(self, field.name)
+                if field.name in of_extreme and value != field.default:
+                    raise ValueError(f"{field.name}={value!r} needs head='extreme'")
+        if self.head == "extreme" and LOSSES[self.loss].head_loss is None:
+            raise ValueError(f"loss={self.loss!r} needs head='dense'")
+        if self.label_smoothing != 0 and "label_smoothing" not in LOSSES[self.loss].takes:
+            raise ValueError(f"label_smoothing is not for loss={self.loss!r}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")
