@@ -2,6 +2,9 @@
 
 from . import compat as compat
 from . import labels as labels
+from . import metrics as metrics
+from . import sampling as sampling
+from . import thresholds as thresholds
 from .build_information import build_info
 from .collate import collate
 from .extreme import ExtremeLinear, extreme_topk

@@ -21,7 +21,7 @@ from .optimizer import (
     state_dtype,
     take_step,
 )
-from .targets import FLOATING_DTYPES, LabelsLike
+from .targets import FLOATING_DTYPES, LabelsLike, stand_in
 
 # The losses of a head, and whether a single part of the labels saves a product.
 LOSSES = {"sigmoid_cross_entropy": False, "multilabel_categorical_crossentropy": True}
@@ -263,7 +263,7 @@ class ExtremeLinear(torch.nn.Module):
             whole_rows=LOSSES[loss],
         )
         shape = hidden.shape[:-1]
-        given = linear.stand_in(layer, shape)
+        given = stand_in(shape, self.num_labels, layer.hidden)
         scale = arguments.gradient_scale(grad_scale, given)
         arguments.positive_number(loss_scale, "loss_scale")
         shared = {"mask": mask, **loss_arguments}

@@ -26,6 +26,7 @@ from .targets import (
     normalize_mask,
     normalize_target,
     rows_and_labels,
+    stand_in,
 )
 
 # Bytes of the logits of a part. On a GPU, a matrix product of this size hides the cost of launching
@@ -641,7 +642,7 @@ def _linear_multilabel_categorical_crossentropy(
 ) -> Tensor:
     layer = as_layer(hidden, layer_weight, bias, chunk, whole_rows=True)
     shape = hidden.shape[:-1]
-    rows = arguments.row_threshold(threshold, stand_in(layer, shape))
+    rows = arguments.row_threshold(threshold, stand_in(shape, layer.weight.shape[0], layer.hidden))
     options |= {"threshold": rows, "reduction": reduction, "weight_name": "loss_weight"}
     sweep = zlpr_sweep(layer, shape, target, **options)
     name = "linear_multilabel_categorical_crossentropy"
@@ -761,11 +762,6 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def stand_in(layer: Layer, shape: torch.Size) -> Tensor:
-    """What the logits would be, ``[..., C]`` with C numbers' worth of nothing: for checks."""
-    return layer.hidden.new_empty(()).expand(*shape, layer.weight.shape[0])
-
-
 def sigmoid_sweep(
     layer: Layer,
     shape: torch.Size,
@@ -782,7 +778,7 @@ def sigmoid_sweep(
     grad_scale: Tensor | float = 1.0,
 ) -> PointwiseSweep:
     """Check the arguments of sigmoid cross-entropy for logits of `shape` ``[...]`` and C labels."""
-    logits = stand_in(layer, shape)
+    logits = stand_in(shape, layer.weight.shape[0], layer.hidden)
     labels = _labels(layer, logits, target, mask, ignore_index)
     constants = {
         "weight": arguments.elementwise_constant(weight, logits, weight_name),
@@ -823,7 +819,7 @@ def zlpr_sweep(
     grad_scale: Tensor | float = 1.0,
 ) -> ZlprSweep:
     """Check the arguments of ZLPR for logits of `shape` ``[...]`` and C labels."""
-    logits = stand_in(layer, shape)
+    logits = stand_in(shape, layer.weight.shape[0], layer.hidden)
     return ZlprSweep(
         _labels(layer, logits, target, mask, ignore_index),
         threshold=threshold,

@@ -7,7 +7,6 @@ from the rows of the weights that it names, the samplers below draw the shortlis
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from .targets import (
     SparseLabels,
     check_strided,
     contents_may_be_checked,
+    has_value,
     row_of_entry,
 )
 
@@ -102,7 +102,7 @@ def sampled_linear_loss(
     listed = labels >= 0 if mask is None else (labels >= 0) & (mask != 0)
     ignored = arguments.ignored_value(loss_arguments.get("ignore_index"))
     if ignored is not None:
-        listed = listed & (~target.isnan() if math.isnan(ignored) else target != ignored)
+        listed = listed & ~has_value(target, ignored)
     used = _first_of_equal(labels, target, listed)
     dtype = linear.product_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -431,6 +431,27 @@ def row_of_entry(labels: SparseLabels) -> tuple[Tensor, Tensor]:
     return rows.clamp(0, max(labels.num_rows - 1, 0)), inside
 
 
+def stand_in(leading: Sequence[int], num_labels: int, like: Tensor) -> Tensor:
+    """A tensor ``[*leading, num_labels]`` to check labels against, where there are no logits.
+
+    It has the dtype and device of `like`, and takes no memory.
+    """
+    return like.new_empty(()).expand(*leading, num_labels)
+
+
+def contains(sorted_keys: Tensor, keys: Tensor) -> Tensor:
+    """Which of `keys` are among `sorted_keys`: bool."""
+    if sorted_keys.shape[0] == 0:
+        return torch.zeros_like(keys, dtype=torch.bool)
+    places = torch.searchsorted(sorted_keys, keys).clamp(max=sorted_keys.shape[0] - 1)
+    return sorted_keys[places] == keys
+
+
+def has_value(tensor: Tensor, value: float) -> Tensor:
+    """Where a tensor has a value, which may be NaN: bool."""
+    return tensor.isnan() if math.isnan(value) else tensor == value
+
+
 def check_indices(indices: Tensor, offsets: Tensor, num_labels: int, name: str) -> None:
     """Raise ``ValueError`` for bad indices or offsets, where their contents may be looked at."""
     if contents_may_be_checked(indices):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import arguments, linear
-from .metrics.elements import Elements, stand_in, true_elements
+from .metrics.elements import Elements, true_elements
 from .metrics.streaming import Accumulator
-from .targets import LabelsLike, SparseLabels, rows_and_labels
+from .targets import LabelsLike, SparseLabels, rows_and_labels, stand_in
 
 # Elements of a block of scores: what temporaries of the histogram are made for.
 _BLOCK = 1 << 22
@@ -129,7 +129,7 @@ class ScoreHistogram(Accumulator):
         linear.check_hidden(hidden)
         layer = linear.as_layer(hidden.detach(), weight, bias, chunk)
         self._check_num_labels(weight.shape[0])
-        input = stand_in(hidden.shape[:-1], self.num_labels, hidden.device)
+        input = stand_in(hidden.shape[:-1], self.num_labels, hidden)
         ignore_index = arguments.ignored_value(ignore_index)
         true, observed = true_elements(target, input, mask, ignore_index)
         self.to(hidden.device)

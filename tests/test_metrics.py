@@ -1,6 +1,8 @@
 """P@k and PSP@k by hand, and what all metrics at k have in common."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -177,6 +179,19 @@ def test_large_labels_do_not_collide():
     metric = PrecisionAtK(1)
     metric.update(torch.tensor([[labels], [0]]), SparseLabels.from_lists([[labels], [labels]]))
     assert metric.compute().item() == 0.5
+
+
+def test_predicted_ids_beyond_all_labels_are_wrong():
+    metric = PrecisionAtK(2)
+    target = SparseLabels.from_lists([[3], [3]])
+    metric.update(torch.tensor([[2**32 + 3, 2**62], [5, -(2**32) + 3]]), target)
+    assert metric.compute().tolist() == [0.0, 0.0]
+
+
+def test_modules_come_with_the_package():
+    """`import mlloss_cuda` is enough for what the documentation names."""
+    code = "import mlloss_cuda as m; m.labels, m.metrics.F1Score, m.sampling, m.thresholds.fit_f1"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,12 @@ from ..targets import (
     LabelsLike,
     PackedLabels,
     SparseLabels,
+    contains,
+    has_value,
     normalize_mask,
     normalize_target,
     require_indices,
+    stand_in,
 )
 
 # Elements of dense rows, or entries of sparse ones, that are looked at together. Each takes about a
@@ -80,7 +83,7 @@ class LabelRows:
                 raise ValueError(f"{argument} must be where the counts are, {device}, got {found}")
         shape = _shape_of(target, num_labels, name)
         # What the losses check labels against: something with a shape and a device.
-        input = torch.empty((), device=device).expand(shape)
+        input = stand_in(shape[:-1], shape[-1], torch.empty(0, device=device))
         self._target = normalize_target(target, input, ignore_index)
         self._mask = normalize_mask(mask, input)
         for argument, labels in ((name, self._target), ("mask", self._mask)):
@@ -138,7 +141,7 @@ class LabelRows:
         else:
             rows, labels = self._dense(mask, begin, end).nonzero(as_tuple=True)
         if self._ignored is not None:
-            kept = ~_equals(target.data[begin + rows, labels], self._ignored)
+            kept = ~has_value(target.data[begin + rows, labels], self._ignored)
             rows, labels = rows[kept], labels[kept]
         return Entries(rows, labels, self._look_up(target, begin, end, rows, labels))
 
@@ -209,14 +212,6 @@ def blocks(sizes: Tensor, limit: int) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def contains(sorted_keys: Tensor, keys: Tensor) -> Tensor:
-    """Which of `keys` are among `sorted_keys`: bool."""
-    if sorted_keys.shape[0] == 0:
-        return torch.zeros_like(keys, dtype=torch.bool)
-    places = torch.searchsorted(sorted_keys, keys).clamp(max=sorted_keys.shape[0] - 1)
-    return sorted_keys[places] == keys
-
-
 def device_of(labels: LabelsLike | None) -> torch.device | None:
     """Where labels are, if they are what they should be."""
     if isinstance(labels, SparseLabels):
@@ -251,10 +246,6 @@ def _shape_of(target: LabelsLike, num_labels: int, name: str) -> tuple[int, ...]
     if found != num_labels:
         raise ValueError(f"{name} must have {num_labels} labels, got {found}")
     return (*shape, num_labels)
-
-
-def _equals(values: Tensor, value: float) -> Tensor:
-    return values.isnan() if math.isnan(value) else values == value
 
 
 def _as_bool(values: Tensor) -> Tensor:

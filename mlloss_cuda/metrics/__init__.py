@@ -14,8 +14,8 @@ scores. Rows without labels count as rows on which nothing was right, as in pyxc
 thresholds, or from the labels that were decided on.
 
 **Label shards**: the best labels of all shards are those of :func:`mlloss_cuda.merge_top_labels`.
-Micro-F1 and Hamming loss over shards are merged as over batches, macro-F1 of all labels is the mean
-of that of shards, and the counts of rows that ``'samples'`` and :class:`SubsetAccuracy` need are
+Micro-F1 and Hamming loss over shards are merged as over batches, macro-F1 is the mean over the
+labels of all shards, and the counts of rows that ``'samples'`` and :class:`SubsetAccuracy` need are
 added up before ``update_counts``.
 """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import arguments, targets
 from ..targets import LabelsLike, PackedLabels, SparseLabels
-from .elements import Elements, num_labels_of, selected_elements, stand_in, true_elements
+from .elements import Elements, num_labels_of, selected_elements, true_elements
 from .streaming import Metric
 
 AVERAGES = ("micro", "macro", "samples")
@@ -141,9 +141,9 @@ class Decisions(Metric):
         if isinstance(predicted, SparseLabels):
             if predicted.values is not None or predicted.observed_only:
                 raise ValueError("predicted must be SparseLabels without values")
-            return stand_in((predicted.num_rows,), num_labels, predicted.indices.device)
+            return targets.stand_in((predicted.num_rows,), num_labels, predicted.indices)
         if isinstance(predicted, PackedLabels):
-            return stand_in(predicted.words.shape[:-1], num_labels, predicted.words.device)
+            return targets.stand_in(predicted.words.shape[:-1], num_labels, predicted.words)
         if not isinstance(predicted, Tensor):
             raise TypeError(
                 "predicted must be a tensor, SparseLabels or PackedLabels, got "
@@ -155,7 +155,7 @@ class Decisions(Metric):
             )
         if predicted.dim() == 0:
             raise ValueError("predicted must have shape [..., C], got a 0-d tensor")
-        return stand_in(predicted.shape[:-1], num_labels, predicted.device)
+        return targets.stand_in(predicted.shape[:-1], num_labels, predicted)
 
 
 class F1Score(Decisions):

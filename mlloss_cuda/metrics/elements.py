@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,11 +55,8 @@ class Elements(NamedTuple):
                 return inside
             return self.dense[rows, torch.where(inside, labels, 0)] & inside
         assert self.keys is not None
-        wanted = rows * _STRIDE + labels
-        if self.keys.shape[0] == 0:
-            return torch.zeros_like(wanted, dtype=torch.bool)
-        places = torch.searchsorted(self.keys, wanted).clamp(max=self.keys.shape[0] - 1)
-        return (self.keys[places] == wanted) & (labels >= 0)
+        inside = (labels >= 0) & (labels < _STRIDE)  # others would be elements of other rows
+        return targets.contains(self.keys, rows * _STRIDE + labels) & inside
 
     def where(self, kept: Tensor) -> Elements:
         """The elements whose key is kept; bool, in the order of `as_keys`."""
@@ -115,11 +111,6 @@ def num_labels_of(labels: LabelsLike | None) -> int | None:
     return None
 
 
-def stand_in(leading: Sequence[int], num_labels: int, device: torch.device) -> Tensor:
-    """A tensor with the shape of scores, for the checks of labels; it takes no memory."""
-    return torch.empty((), device=device).expand(*leading, num_labels)
-
-
 def true_elements(
     target: LabelsLike, input: Tensor, mask: LabelsLike | None, ignore_index: float | None
 ) -> tuple[Elements, Elements | None]:
@@ -133,12 +124,7 @@ def true_elements(
     own: Elements | None = None
     if labels.format == DENSE:
         if ignore_index is not None:
-            ignored = (
-                labels.data.isnan()
-                if ignore_index != ignore_index
-                else (labels.data == ignore_index)
-            )
-            own = _dense(~ignored)
+            own = _dense(~targets.has_value(labels.data, ignore_index))
     elif labels.format == OBSERVED:
         own = _sparse(labels, input, None, "target")
     if own is not None:

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from .. import arguments, topk
-from ..targets import LabelsLike, SparseLabels, contents_may_be_checked
+from ..targets import LabelsLike, SparseLabels, contents_may_be_checked, stand_in
 from .elements import (
     UNKNOWN,
     Elements,
     num_labels_of,
     selected_elements,
-    stand_in,
     true_elements,
 )
 from .streaming import Metric
@@ -522,7 +521,7 @@ def _ranked(
     rows = len(predicted)
     if isinstance(target, SparseLabels) and target.num_rows != rows:
         raise ValueError(f"predicted has {rows} rows, target has {target.num_rows}")
-    input = stand_in((rows,), UNKNOWN if known is None else known, predicted.device)
+    input = stand_in((rows,), UNKNOWN if known is None else known, predicted)
     true, observed = true_elements(target, input, mask, None)
     excluded = selected_elements(exclude, input, "exclude")
     true = true.without(excluded)

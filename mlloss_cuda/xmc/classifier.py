@@ -201,11 +201,7 @@ class Classifier:
             for metric in (*metrics.values(), by_group):
                 metric.update(best, labels, exclude=own)
             first += len(best)
-        scores = {
-            f"{name}@{k}": 100 * float(metric.compute()[k - 1])
-            for name, metric in metrics.items()
-            for k in REPORTED_RANKS
-        }
+        scores = _percentages(metrics)
         shares = by_group.compute()
         for number, group in enumerate(GROUPS):
             for k in REPORTED_RANKS:
@@ -390,13 +386,17 @@ def best_labels(
 def curve_scores(model: Model, inputs: Dataset, propensity: Tensor) -> dict[str, float]:
     """P@k and PSP@k in percent, for learning curves."""
     most = max(REPORTED_RANKS)
-    metrics = {
+    metrics: dict[str, AtK] = {
         "P": PrecisionAtK(most),
         "PSP": PropensityScoredPrecisionAtK(propensity, most),
     }
     for _, best, labels in best_labels(model, inputs, min(most, inputs.num_labels)):
         for metric in metrics.values():
             metric.update(best, labels)
+    return _percentages(metrics)
+
+
+def _percentages(metrics: dict[str, AtK]) -> dict[str, float]:
     return {
         f"{name}@{k}": 100 * float(metric.compute()[k - 1])
         for name, metric in metrics.items()
