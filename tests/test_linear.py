@@ -516,7 +516,9 @@ def test_parts_of_sparse_labels_wait_for_nothing(
 # ---- Memory --------------------------------------------------------------------------------------
 
 _MEMORY = """
-import resource, sys, torch, mlloss_cuda
+import pathlib, re, sys, torch, mlloss_cuda
+def peak():  # not ru_maxrss, which begins at what the parent held
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1])
 torch.set_num_threads(2)
 rows, num_labels, features = 64, 1 << 19, 16
 hidden = torch.randn(rows, features, requires_grad=True)
@@ -524,9 +526,9 @@ weight = torch.randn(num_labels, features, requires_grad=True)
 labels = mlloss_cuda.SparseLabels.from_lists([[row, 1000 * row] for row in range(rows)])
 loss = getattr(mlloss_cuda, sys.argv[1])
 loss(hidden[:1], weight[:1000], mlloss_cuda.SparseLabels.from_lists([[1]]))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 loss(hidden, weight, labels, chunk=16384).backward()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+print((peak() - before) / 1024)
 """
 
 
@@ -536,4 +538,4 @@ def test_memory(native: None, name: str) -> None:
     output = subprocess.run(
         [sys.executable, "-c", _MEMORY, name], capture_output=True, text=True, check=True
     ).stdout
-    assert float(output) < 80
+    assert 30 < float(output) < 80
