@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict, info, demo, generate."""
+"""The command line: train, evaluate, predict, info, report, demo, generate."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ from mlloss_cuda.xmc.data import (
 )
 from mlloss_cuda.xmc.features import TREATMENTS
 from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
+from mlloss_cuda.xmc.html_report import is_html, read_reports, save_report, write_html_report
 from mlloss_cuda.xmc.losses import LOSSES
 from mlloss_cuda.xmc.report import (
     evaluation_table,
+    make_evaluation_report,
     make_report,
     score_table,
     without_nan,
@@ -139,7 +141,7 @@ def _train(options: argparse.Namespace) -> None:
     report = make_report(classifier, train, test, classifier.evaluate(test))
     print(score_table([report]))
     if options.report is not None:
-        write_report(options.report, report)
+        save_report(options.report, report)
     if options.model is not None:
         classifier.save(options.model)
 
@@ -158,7 +160,12 @@ def _evaluate(options: argparse.Namespace) -> None:
         exclude = labels_of_pairs(torch.from_numpy(pairs), test.num_rows)
     scores = classifier.evaluate(test, exclude=exclude)
     print(evaluation_table(scores))
-    if options.report is not None:
+    if options.report is not None and is_html(options.report):
+        page = make_evaluation_report(
+            classifier, test, scores, model=options.model, exclude=options.filter
+        )
+        save_report(options.report, page)
+    elif options.report is not None:
         write_report(options.report, without_nan(scores))
 
 
@@ -192,6 +199,19 @@ def _info(options: argparse.Namespace) -> None:
         "settings": dataclasses.asdict(classifier.settings),
     }
     print(json.dumps(facts, indent=2))
+
+
+def _report(options: argparse.Namespace) -> None:
+    if not is_html(options.output):
+        raise ValueError(f"--output {options.output}: the name of a page ends with .html")
+    check_writable(options.output)
+    found = [(path, report) for path in options.reports for report in read_reports(path)]
+    names = [f"{n}: {path.stem}, {report['loss']}" for n, (path, report) in enumerate(found, 1)]
+    write_html_report(
+        options.output,
+        [report for _, report in found],
+        names=names if len(options.reports) > 1 else None,
+    )
 
 
 def _hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -308,7 +328,12 @@ def _parser() -> argparse.ArgumentParser:
         train.add_argument(
             flag, type=type(default), default=default, metavar="VALUE", help=meaning + DEFAULT
         )
-    train.add_argument("--report", type=Path, metavar="FILE", help="write scores etc. as JSON")
+    train.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write scores etc. as JSON, or as a page where the name ends with .html",
+    )
     train.add_argument(
         "--model", type=Path, metavar="FILE", help="write the trained model here (safetensors)"
     )
@@ -368,7 +393,12 @@ def _parser() -> argparse.ArgumentParser:
         "--filter", type=Path, metavar="FILE", help="pairs 'row label' that do not count"
     )
     evaluate.add_argument("--cache", type=Path, metavar="DIR", help="see train")
-    evaluate.add_argument("--report", type=Path, metavar="FILE", help="write scores as JSON")
+    evaluate.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write scores as JSON, or as a page where the name ends with .html",
+    )
     predict = commands.add_parser(
         "predict",
         help="write the best labels of each row of a data file",
@@ -399,11 +429,21 @@ def _parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
     info.add_argument("--model", type=Path, metavar="FILE", help="by train")
 
+    report = commands.add_parser(
+        "report",
+        help="make a page of HTML of one or more reports in JSON",
+        description="Make one page of HTML of reports that train --report or demo have written as "
+        "JSON; several runs stand side by side.",
+    )
+    report.set_defaults(run=_report)
+    report.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="JSON files")
+    report.add_argument("--output", type=Path, required=True, metavar="FILE", help="for the page")
+
     demo = commands.add_parser(
         "demo",
-        help="train with both losses; ends with a table and a picture",
-        description="Train with both losses on generated or given data; ends with a table and a "
-        "picture of learning curves, scores and the time of the loss kernels.",
+        help="train with both losses; ends with a table, a picture and a page of HTML",
+        description="Train with both losses on generated or given data; ends with a table, and a "
+        "picture and a page of learning curves, scores and the time of the loss kernels.",
     )
     demo.set_defaults(run=_demo)
     demo.add_argument(

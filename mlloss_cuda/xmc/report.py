@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mlloss_cuda import __version__, build_info
-from mlloss_cuda.xmc.classifier import REPORTED_RANKS, Classifier
+from mlloss_cuda.metrics import frequency_groups
+from mlloss_cuda.xmc.classifier import GROUPS, REPORTED_RANKS, Classifier
 from mlloss_cuda.xmc.data import Dataset, atomic_file
 
 SCORES = tuple(f"{name}@{k}" for name in ("P", "PSP") for k in REPORTED_RANKS)
@@ -28,18 +29,8 @@ def make_report(
     Scores are percentages, times are seconds. A score that is not defined, such as PSP@k on rows
     that have no labels at all, is null.
     """
-    settings = classifier.settings
     return {
-        "loss": settings.loss,
-        **without_nan(scores),
-        "train_seconds": round(classifier.train_seconds, 3),
-        "rows_per_second": round(
-            train.num_rows * len(classifier.history) / max(classifier.train_seconds, 1e-9), 1
-        ),
-        "seed": settings.seed,
-        "settings": dataclasses.asdict(settings),
-        "feature_treatment": classifier.transform.treatment,
-        "parameters": sum(p.numel() for p in classifier.model.parameters()),
+        **_summary(classifier, scores),
         "sizes": {
             "train_rows": train.num_rows,
             "test_rows": test.num_rows,
@@ -55,6 +46,63 @@ def make_report(
             "first_feature_id": train.first_feature_id,
             "first_label_id": train.first_label_id,
         },
+        **_details(classifier),
+    }
+
+
+def make_evaluation_report(
+    classifier: Classifier,
+    test: Dataset,
+    scores: Mapping[str, float],
+    *,
+    model: str | os.PathLike[str],
+    exclude: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """The report of a saved model on other rows: that of a run, less what the model does not know.
+
+    Args:
+        classifier: the model.
+        test: the rows.
+        scores: of the model on them.
+        model: the file that it comes from.
+        exclude: the file of pairs that did not count.
+    """
+    return {
+        **_summary(classifier, scores),
+        "sizes": {
+            "train_rows": classifier.train_rows,
+            "test_rows": test.num_rows,
+            "features": classifier.num_features,
+            "labels": classifier.num_labels,
+            "test_rows_without_labels": test.rows_without_labels,
+        },
+        "data": {
+            "model": os.fspath(model),
+            "test": test.path,
+            **({} if exclude is None else {"filter": os.fspath(exclude)}),
+        },
+        **_details(classifier),
+    }
+
+
+def _summary(classifier: Classifier, scores: Mapping[str, float]) -> dict[str, Any]:
+    settings = classifier.settings
+    rows = classifier.train_rows * len(classifier.history)
+    return {
+        "loss": settings.loss,
+        **without_nan(scores),
+        "train_seconds": round(classifier.train_seconds, 3),
+        "rows_per_second": round(rows / max(classifier.train_seconds, 1e-9), 1),
+        "seed": settings.seed,
+        "settings": dataclasses.asdict(settings),
+        "feature_treatment": classifier.transform.treatment,
+        "parameters": sum(p.numel() for p in classifier.model.parameters()),
+    }
+
+
+def _details(classifier: Classifier) -> dict[str, Any]:
+    return {
+        "label_frequency": label_frequency(classifier.label_counts),
         "epochs": [
             {
                 "member": epoch.member,
@@ -73,6 +121,52 @@ def make_report(
             "threads": torch.get_num_threads(),
             "platform": platform.platform(),
         },
+    }
+
+
+def label_frequency(counts: Tensor) -> dict[str, Any]:
+    """How often labels occur in the training rows.
+
+    Args:
+        counts: ``[num_labels]``, in how many training rows each label is.
+
+    Returns:
+        `never_seen`: the number of labels without any row; `groups`: of head, torso and tail, see
+        `metrics.frequency_groups`, the labels and the fewest and most rows that one of them has
+        (null without labels); `histogram`: labels of each group with 0 rows, 1 row, 2 to 3, 4 to 7
+        and so on.
+
+    >>> label_frequency(torch.tensor([5, 0, 1]))["histogram"][0]
+    {'rows': [0, 0], 'labels': {'head': 0, 'torso': 0, 'tail': 1}}
+    """
+    counts = counts.cpu()
+    groups = frequency_groups(counts, len(GROUPS))
+    bins = torch.frexp(counts.double()).exponent.clamp(min=0).long()  # [2^(b-1), 2^b) is bin b
+    own = [counts[groups == group] for group in range(len(GROUPS))]
+    num_bins = int(bins.max()) + 1 if len(bins) else 1
+    histogram = [
+        torch.bincount(bins[groups == group], minlength=num_bins).tolist()
+        for group in range(len(GROUPS))
+    ]
+    return {
+        "never_seen": int((counts == 0).sum()),
+        "groups": {
+            name: {
+                "labels": len(rows),
+                "fewest_rows": int(rows.min()) if len(rows) else None,
+                "most_rows": int(rows.max()) if len(rows) else None,
+            }
+            for name, rows in zip(GROUPS, own, strict=True)
+        },
+        "histogram": [
+            {
+                "rows": [2**bin // 2, max(2**bin - 1, 0)],
+                "labels": {
+                    name: labels[bin] for name, labels in zip(GROUPS, histogram, strict=True)
+                },
+            }
+            for bin in range(num_bins)
+        ],
     }
 
 
