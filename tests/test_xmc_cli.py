@@ -410,6 +410,9 @@ def test_demo_on_given_data(folder, tmp_path, capsys, monkeypatch):
     assert all(len(entry["epochs"]) == 2 for entry in report["runs"])
     assert all("P@1" in epoch for entry in report["runs"] for epoch in entry["epochs"])
     assert report["loss_milliseconds"]["milliseconds"]["sigmoid"]["mlloss_cuda"] == 0.5
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for text in ("zlpr and sigmoid on tiny_train.txt", "P@1 after each epoch", "no compiler here"):
+        assert text in page
 
 
 def test_demo_needs_one_file_of_each_kind(folder, tmp_path, capsys):
@@ -421,7 +424,7 @@ def test_demo_needs_one_file_of_each_kind(folder, tmp_path, capsys):
     assert "is not a directory" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["demo.png", "report.json"])
+@pytest.mark.parametrize("name", ["demo.png", "report.json", "report.html"])
 def test_demo_finds_out_first_what_it_cannot_write(folder, tmp_path, capsys, monkeypatch, name):
     pytest.importorskip("matplotlib", reason="the demo needs matplotlib")
     from mlloss_cuda.xmc import demo

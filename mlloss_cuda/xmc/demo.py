@@ -1,4 +1,4 @@
-"""The demonstration: both losses on one data set, a table and a picture at the end."""
+"""The demonstration: both losses on one data set, a table, a picture and a page at the end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mlloss_cuda.xmc.data import check_writable, read_pair
 from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
+from mlloss_cuda.xmc.html_report import write_html_report
 from mlloss_cuda.xmc.loss_timing import METHODS, LossTiming, time_losses
 from mlloss_cuda.xmc.picture import draw_picture
 from mlloss_cuda.xmc.report import (
@@ -19,12 +20,12 @@ from mlloss_cuda.xmc.report import (
 from mlloss_cuda.xmc.settings import Settings
 from mlloss_cuda.xmc.trainer import fit
 
-RESULTS = ("demo.png", "report.json")
+RESULTS = ("demo.png", "report.json", "report.html")
 COMPARED = ("zlpr", "sigmoid")  # losses
 
 
 def run_demo(data: Path | None, output: Path, settings: Settings, *, progress: bool = True) -> None:
-    """Train with both losses and write `report.json` and `demo.png` into `output`.
+    """Train with both losses and write `RESULTS` into `output`.
 
     Args:
         data: a directory with one *_train.txt and one *_test.txt; generates data if not given.
@@ -70,11 +71,10 @@ def run_demo(data: Path | None, output: Path, settings: Settings, *, progress: b
         max(1, round(len(train.label_ids) / train.num_rows)),
         device=settings.device,
     )
-    picture_path, report_path = (output / name for name in RESULTS)
-    write_report(
-        report_path,
-        {"runs": reports, "loss_milliseconds": dataclasses.asdict(timing)},
-    )
+    picture_path, report_path, page_path = (output / name for name in RESULTS)
+    times = dataclasses.asdict(timing)
+    write_report(report_path, {"runs": reports, "loss_milliseconds": times})
+    write_html_report(page_path, reports, timing=times)
     draw_picture(picture_path, f"{title}: {sizes}", reports, timing)
 
     print()
@@ -84,7 +84,7 @@ def run_demo(data: Path | None, output: Path, settings: Settings, *, progress: b
     if timing.note is not None:
         print(timing.note)
     print()
-    for path in (picture_path, report_path):
+    for path in (picture_path, report_path, page_path):
         print(f"wrote {path}")
 
 
