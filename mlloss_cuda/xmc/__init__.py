@@ -13,6 +13,9 @@ From Python:
     print(classifier.evaluate(test)["P@1"])
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 try:
     import tqdm as _tqdm  # noqa: F401
 except ModuleNotFoundError as error:
@@ -40,6 +43,9 @@ from mlloss_cuda.xmc.model import DenseMLP, SparseMLP
 from mlloss_cuda.xmc.settings import Settings
 from mlloss_cuda.xmc.trainer import fit
 
+if _TYPE_CHECKING:
+    from mlloss_cuda.xmc.estimator import ExtremeClassifier as ExtremeClassifier
+
 __all__ = [
     "CheckpointError",
     "Classifier",
@@ -62,3 +68,12 @@ __all__ = [
     "read_pair",
     "write_dataset",
 ]
+
+
+def __getattr__(name: str) -> _Any:
+    # Not in __all__, since it needs scikit-learn, which everything else here works without.
+    if name == "ExtremeClassifier":
+        from mlloss_cuda.xmc.estimator import ExtremeClassifier
+
+        return ExtremeClassifier
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
