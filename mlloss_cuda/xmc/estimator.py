@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mlloss_cuda import ExtremeLinear
 from mlloss_cuda.xmc import trainer
 from mlloss_cuda.xmc.classifier import Classifier, encoded
 from mlloss_cuda.xmc.data import Dataset, FloatArray, IntArray
@@ -150,6 +151,9 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
             self.classifier_: Classifier = trainer.fit(
                 Dataset.from_arrays(X, labels), settings, progress=bool(self.verbose)
             )
+        model = self.classifier_.model
+        if isinstance(model.head, ExtremeLinear):
+            model.head = _without_optimizer(model.head)
         return self
 
     def _settings(self) -> Settings:
@@ -272,7 +276,8 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
             raise TypeError(f"k must be an integer, got {type(k).__name__}")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        logits, ids = self.classifier_.top_k_scores(self._dataset(X), int(k))
+        dataset = self._dataset(X)
+        logits, ids = self.classifier_.top_k_scores(dataset, int(k))
         return ids.numpy(), logits.numpy()
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
@@ -306,7 +311,7 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
         if issparse(X) and self.classifier_.transform.is_dense:
             X = X.toarray()
         elif not issparse(X) and not self.classifier_.transform.is_dense:
-            X = csr_array(X)
+            X = csr_array(X, dtype=np.float64)  # scipy has no half precision
         return Dataset.from_arrays(X, csr_array((X.shape[0], 0)))
 
     @torch.no_grad()
@@ -331,6 +336,13 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
         if self.classifier_.settings.loss in SHIFT_INVARIANT:
             return logits.double()
         return torch.nn.functional.logsigmoid(logits.double())
+
+
+def _without_optimizer(head: ExtremeLinear) -> ExtremeLinear:
+    """The head with its parameters alone: AdamW's state would make a pickle 3 times as large."""
+    plain = ExtremeLinear(head.in_features, head.num_labels, dtype=head.weight.dtype, device="meta")
+    plain.weight, plain.bias = head.weight, head.bias
+    return plain.eval()
 
 
 class _Indicator(NamedTuple):
