@@ -7,7 +7,8 @@ What a block prints has to stand in the comments behind its prints, in order:
 
 `...` stands for anything. Comments directly below a print are its further output.
 
-A block that imports a package of OPTIONAL runs where that is installed; elsewhere it is only compiled.
+A block that imports a package of OPTIONAL runs where that is installed, and is only compiled
+elsewhere.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def estimator(**parameters: Any) -> ExtremeClassifier:
 @parametrize_with_checks(
     [
         estimator(hidden=32, batch_size=8, epochs=10),
-        estimator(hidden=32, batch_size=8, epochs=10, loss="sigmoid", head="extreme"),
+        estimator(hidden=32, batch_size=16, loss="sigmoid", head="extreme"),
     ]
 )
 def test_checks_of_scikit_learn(estimator: Any, check: Any) -> None:

@@ -43,9 +43,6 @@ from mlloss_cuda.xmc.model import DenseMLP, SparseMLP
 from mlloss_cuda.xmc.settings import Settings
 from mlloss_cuda.xmc.trainer import fit
 
-if _TYPE_CHECKING:
-    from mlloss_cuda.xmc.estimator import ExtremeClassifier as ExtremeClassifier
-
 __all__ = [
     "CheckpointError",
     "Classifier",
@@ -69,11 +66,14 @@ __all__ = [
     "write_dataset",
 ]
 
+# Not in __all__, and imported where it is asked for: it needs scikit-learn, all else works without.
+if _TYPE_CHECKING:
+    from mlloss_cuda.xmc.estimator import ExtremeClassifier as ExtremeClassifier
+else:
 
-def __getattr__(name: str) -> _Any:
-    # Not in __all__, since it needs scikit-learn, which everything else here works without.
-    if name == "ExtremeClassifier":
-        from mlloss_cuda.xmc.estimator import ExtremeClassifier
+    def __getattr__(name: str) -> _Any:
+        if name == "ExtremeClassifier":
+            from mlloss_cuda.xmc.estimator import ExtremeClassifier
 
-        return ExtremeClassifier
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return ExtremeClassifier
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -135,25 +135,23 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
             multi_output=True,
             ensure_min_samples=MIN_ROWS,
         )
-        self.classes_: npt.NDArray[Any]
-        self._indicator: _Indicator | None  # None: y are classes
+        indicator = None
         if not issparse(y) and (y.ndim == 1 or y.shape[1] == 1):
             y = column_or_1d(y, warn=True)
             check_classification_targets(y)
-            self.classes_, ids = np.unique(y, return_inverse=True)
-            self._indicator = None
-            labels = _rows_of_ones(ids, np.arange(len(ids) + 1), len(self.classes_))
+            classes, ids = np.unique(y, return_inverse=True)
+            labels = _rows_of_ones(ids, np.arange(len(ids) + 1), len(classes))
         else:
-            labels = _checked_indicator(y)
-            self.classes_ = np.arange(y.shape[1])
-            self._indicator = _Indicator(type(y), y.dtype)
+            classes, labels = np.arange(y.shape[1]), _checked_indicator(y)
+            indicator = _Indicator(type(y), y.dtype)
+        dataset = Dataset.from_arrays(X, labels)
         with _own_random_bits(settings.device):
-            self.classifier_: Classifier = trainer.fit(
-                Dataset.from_arrays(X, labels), settings, progress=bool(self.verbose)
-            )
-        model = self.classifier_.model
-        if isinstance(model.head, ExtremeLinear):
-            model.head = _without_optimizer(model.head)
+            classifier = trainer.fit(dataset, settings, progress=bool(self.verbose))
+        if isinstance(classifier.model.head, ExtremeLinear):
+            classifier.model.head = _without_optimizer(classifier.model.head)
+        self.classes_: npt.NDArray[Any] = classes
+        self.classifier_: Classifier = classifier
+        self._indicator: _Indicator | None = indicator  # None: y were classes
         return self
 
     def _settings(self) -> Settings:
@@ -406,10 +404,12 @@ def _seed(random_state: Any) -> int:
 def _own_random_bits(device: str) -> Iterator[None]:
     """Let training seed torch's generators, and leave them as they were.
 
-    A process has one of them for each device: fits in several threads take turns.
+    A process has one of them for each device, and seeds all: fits in several threads take turns.
     """
-    on_gpu = torch.device(device).type == "cuda"
-    with _TRAINING, torch.random.fork_rng([torch.device(device)] if on_gpu else []):
+    gpus = 0  # none in use
+    if torch.device(device).type == "cuda" or torch.cuda.is_initialized():
+        gpus = torch.cuda.device_count()
+    with _TRAINING, torch.random.fork_rng(range(gpus)):
         yield
 
 
