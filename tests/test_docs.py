@@ -6,6 +6,9 @@ What a block prints has to stand in the comments behind its prints, in order:
     print(loss.item())  # 0.5375...
 
 `...` stands for anything. Comments directly below a print are its further output.
+
+A block that imports a package of OPTIONAL runs where that is installed, and is only compiled
+elsewhere.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import inspect
 import io
 import json
 import re
+import sys
 import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,6 +40,7 @@ BLOCK = re.compile(r"^```python[^\n]*\n(?P<code>.*?)^```$", re.MULTILINE | re.DO
 FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\((?P<url>[^)\s]+)\)")
 HEADING = re.compile(r"^#+ +(?P<title>.+?) *$", re.MULTILINE)
+OPTIONAL = {"lightning"}  # that pages show, and development does not need
 
 OUTPUT_CHECKER = doctest.OutputChecker()
 OUTPUT_FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -108,6 +113,19 @@ def test_expected_output(code: str, output: str) -> None:
     assert expected_output(code) == output
 
 
+def can_run(code: str) -> bool:
+    """Whether the packages of OPTIONAL that a block imports are installed."""
+    imported = re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)
+    return all(importlib.util.find_spec(name) is not None for name in OPTIONAL & {*imported})
+
+
+def test_blocks_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "OPTIONAL", {"no_such_package", "json"})
+    assert can_run("import json\nimport other\n")
+    assert can_run("text = 'no_such_package'\n")
+    assert not can_run("import json\n\nfrom no_such_package import name\n")
+
+
 @pytest.fixture
 def light_compile(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Trace, but generate no code: that takes a compiler and many seconds."""
@@ -127,6 +145,8 @@ def test_python_blocks(page: Path, light_compile: None) -> None:
             # Line numbers in errors are those of the page.
             first_line = text[: block.start("code")].count("\n")
             code = compile("\n" * first_line + block["code"], str(page), "exec")
+            if not can_run(block["code"]):
+                continue
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 exec(code, namespace)
             want, got = expected_output(block["code"]), printed.getvalue()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tqdm", reason="mlloss_cuda.xmc needs tqdm")
-pytest.importorskip("sklearn", reason="the extra `sources` is not installed")
+pytest.importorskip("sklearn", reason="the extra `sklearn` is not installed")
 
 from scipy import sparse
 from sklearn import datasets
@@ -246,5 +246,5 @@ def test_openml_data_sets_that_do_not_fit(monkeypatch, data, target, message):
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     for fetch in (from_sklearn_rcv1, from_sklearn_openml):
-        with pytest.raises(ModuleNotFoundError, match=r"pip install 'mlloss_cuda\[sources\]'"):
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'mlloss_cuda\[sklearn\]'"):
             fetch()

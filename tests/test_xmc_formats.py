@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("tqdm", reason="mlloss_cuda.xmc needs tqdm")
-pytest.importorskip("scipy", reason="the extra `sources` is not installed")
+pytest.importorskip("scipy", reason="the extra `sklearn` is not installed")
 
 from scipy import sparse
 

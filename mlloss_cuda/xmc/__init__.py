@@ -13,6 +13,9 @@ From Python:
     print(classifier.evaluate(test)["P@1"])
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
+
 try:
     import tqdm as _tqdm  # noqa: F401
 except ModuleNotFoundError as error:
@@ -62,3 +65,15 @@ __all__ = [
     "read_pair",
     "write_dataset",
 ]
+
+# Not in __all__, and imported where it is asked for: it needs scikit-learn, all else works without.
+if _TYPE_CHECKING:
+    from mlloss_cuda.xmc.estimator import ExtremeClassifier as ExtremeClassifier
+else:
+
+    def __getattr__(name: str) -> _Any:
+        if name == "ExtremeClassifier":
+            from mlloss_cuda.xmc.estimator import ExtremeClassifier
+
+            return ExtremeClassifier
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

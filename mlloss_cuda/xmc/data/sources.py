@@ -80,7 +80,7 @@ def _datasets() -> Any:
         import sklearn.datasets
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "this needs scikit-learn; install it with: pip install 'mlloss_cuda[sources]'",
+            "this needs scikit-learn; install it with: pip install 'mlloss_cuda[sklearn]'",
             name=error.name,
         ) from error
     return sklearn.datasets
