@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -17,6 +18,8 @@ from mlloss_cuda import __version__, build_info
 from mlloss_cuda.metrics import labels_of_pairs
 from mlloss_cuda.optimizer import ROUNDINGS, RULES
 from mlloss_cuda.xmc.classifier import Classifier, load_safetensors
+from mlloss_cuda.xmc.config import use_config
+from mlloss_cuda.xmc.curves import LearningCurves
 from mlloss_cuda.xmc.data import (
     DataError,
     Dataset,
@@ -28,7 +31,7 @@ from mlloss_cuda.xmc.data import (
 )
 from mlloss_cuda.xmc.features import TREATMENTS
 from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
-from mlloss_cuda.xmc.losses import LOSSES
+from mlloss_cuda.xmc.losses import LABEL_WEIGHTS, LOSSES
 from mlloss_cuda.xmc.report import (
     evaluation_table,
     make_report,
@@ -37,7 +40,7 @@ from mlloss_cuda.xmc.report import (
     write_predictions,
     write_report,
 )
-from mlloss_cuda.xmc.settings import HEADS, WEIGHT_DTYPES, Settings
+from mlloss_cuda.xmc.settings import HEADS, PRECISIONS, SCHEDULES, WEIGHT_DTYPES, Settings
 from mlloss_cuda.xmc.trainer import fit
 
 WRONG_INPUT = 2  # exit status, the one argparse uses
@@ -65,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
+        if getattr(options, "config", None) is not None:
+            use_config(options.config, options.parser)
+            options = parser.parse_args(arguments)  # now with what the file says as defaults
         options.run(options)
     except (DataError, OSError, ValueError, FloatingPointError, ModuleNotFoundError) as error:
         # A ValueError or OSError is about what the user gave: settings, files, sizes.
@@ -95,7 +101,14 @@ def _one_line(error: BaseException) -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
+    # Not argparse's business: they may come from the file of --config.
+    if options.train is None:
+        options.parser.error("the following arguments are required: --train")
+    if options.test is None and options.validation is None:
+        options.parser.error("at least one of the arguments --test --validation is required")
     settings = _settings(options)
+    if settings.patience is not None and options.validation is None:
+        raise ValueError("--patience needs --validation, the rows that tell when to stop")
     if options.report is not None:
         check_writable(options.report)  # not only after all the training
     if options.checkpoint is not None:
@@ -107,41 +120,57 @@ def _train(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--checkpoint-minutes must not be negative, got {options.checkpoint_minutes}"
         )
+    curves: contextlib.AbstractContextManager[LearningCurves | None] = contextlib.nullcontext()
+    if options.tensorboard is not None:
+        curves = LearningCurves(options.tensorboard, settings.ensemble)
     start = time.perf_counter()
-    if options.test is not None:
-        train, test = read_pair(
-            options.train,
-            options.test,
-            train_labels=options.train_labels,
-            test_labels=options.test_labels,
-            cache=options.cache,
-        )
-        if test.num_rows == 0:
-            raise ValueError(f"--test {options.test}: no rows to test on")
-    else:
-        if options.test_labels is not None:
-            raise ValueError("--test-labels belongs to --test, which is not given")
-        whole = read_dataset(options.train, options.train_labels, cache=options.cache)
-        train, test = _hold_out(whole, options.validation, options.seed)
+    train, test, held_out = _read_rows(options)
     seconds = time.perf_counter() - start
+    watched = "" if held_out is None or held_out is test else f"{held_out.num_rows:,} held out, "
     print(
-        f"{train.num_rows:,} rows to train on, {test.num_rows:,} to test on, "
+        f"{train.num_rows:,} rows to train on, {watched}{test.num_rows:,} to test on, "
         f"{train.num_features:,} features, {train.num_labels:,} labels (read in {seconds:.1f} s)",
         flush=True,
     )
-    classifier = fit(
-        train,
-        settings,
-        progress=not options.quiet,
-        checkpoint=options.checkpoint,
-        checkpoint_minutes=options.checkpoint_minutes,
-    )
+    with curves as on_epoch:
+        classifier = fit(
+            train,
+            settings,
+            evaluate_on=held_out,
+            progress=not options.quiet,
+            checkpoint=options.checkpoint,
+            checkpoint_minutes=options.checkpoint_minutes,
+            on_epoch=on_epoch,
+        )
     report = make_report(classifier, train, test, classifier.evaluate(test))
     print(score_table([report]))
     if options.report is not None:
         write_report(options.report, report)
     if options.model is not None:
         classifier.save(options.model)
+
+
+def _read_rows(options: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset | None]:
+    """Rows to train on, to test on, and those held out of training, which may be the same."""
+    if options.test is None:
+        if options.test_labels is not None:
+            raise ValueError("--test-labels belongs to --test, which is not given")
+        whole = read_dataset(options.train, options.train_labels, cache=options.cache)
+        train, held_out = _hold_out(whole, options.validation, options.seed)
+        return train, held_out, held_out
+    train, test = read_pair(
+        options.train,
+        options.test,
+        train_labels=options.train_labels,
+        test_labels=options.test_labels,
+        cache=options.cache,
+    )
+    if test.num_rows == 0:
+        raise ValueError(f"--test {options.test}: no rows to test on")
+    if options.validation is None:
+        return train, test, None
+    train, held_out = _hold_out(train, options.validation, options.seed)
+    return train, test, held_out
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -202,7 +231,7 @@ def _hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Datas
     if held_out == 0:
         raise ValueError(
             f"--validation {share} holds out none of the {dataset.num_rows:,} rows of "
-            f"{dataset.path}: no rows to test on"
+            f"{dataset.path}"
         )
     return dataset.take(np.sort(order[held_out:])), dataset.take(np.sort(order[:held_out]))
 
@@ -274,15 +303,21 @@ def _parser() -> argparse.ArgumentParser:
         "features (text with a header 'N D', a CSR matrix as .npz, a dense array as .npy) and "
         "labels (text with a header 'N L', a CSR matrix). Text may be packed with gzip.",
     )
-    train.set_defaults(run=_train)
-    train.add_argument("--train", type=Path, required=True, metavar="FILE", help="training rows")
-    judge = train.add_mutually_exclusive_group(required=True)
-    judge.add_argument("--test", type=Path, metavar="FILE", help="test rows")
-    judge.add_argument(
+    train.set_defaults(run=_train, parser=train)
+    train.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="take options from here, TOML or JSON (.json), where they are not given as flags",
+    )
+    train.add_argument("--train", type=Path, metavar="FILE", help="training rows (required)")
+    train.add_argument("--test", type=Path, metavar="FILE", help="test rows")
+    train.add_argument(
         "--validation",
         type=float,
         metavar="SHARE",
-        help="instead of a test file, hold out this share of the training rows",
+        help="hold out this share of the training rows, to evaluate on after every epoch; without "
+        "--test, to test on as well",
     )
     for half in ("train", "test"):
         train.add_argument(
@@ -303,11 +338,37 @@ def _parser() -> argparse.ArgumentParser:
     for flag, meaning in (
         ("--label-smoothing", "of --loss sigmoid"),
         ("--ensemble", "models to train, whose logits are averaged"),
+        ("--warmup", "share of the steps, in which the learning rate rises"),
     ):
         default = getattr(Settings, flag[2:].replace("-", "_"))
         train.add_argument(
             flag, type=type(default), default=default, metavar="VALUE", help=meaning + DEFAULT
         )
+    for flag, choices, meaning in (
+        (
+            "--label-weights",
+            tuple(LABEL_WEIGHTS),
+            "with --loss sigmoid or focal, what positives count",
+        ),
+        ("--schedule", SCHEDULES, "how the learning rate falls"),
+        ("--precision", tuple(PRECISIONS), "of matrix products in training, fp16 on a GPU only"),
+    ):
+        train.add_argument(
+            flag,
+            choices=choices,
+            default=getattr(Settings, flag[2:].replace("-", "_")),
+            help=meaning + DEFAULT,
+        )
+    train.add_argument(
+        "--patience",
+        type=int,
+        metavar="EPOCHS",
+        help="with --validation, stop after so many epochs without a better P@1 on the rows held "
+        "out, and keep the best epoch (default: never)",
+    )
+    train.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="write learning curves for TensorBoard here"
+    )
     train.add_argument("--report", type=Path, metavar="FILE", help="write scores etc. as JSON")
     train.add_argument(
         "--model", type=Path, metavar="FILE", help="write the trained model here (safetensors)"
@@ -333,13 +394,13 @@ def _parser() -> argparse.ArgumentParser:
         f"or the gradient of all weights{DEFAULT}",
     )
     for flag, choices, meaning in (
-        ("--weight-dtype", WEIGHT_DTYPES, "dtype of its weights"),
-        ("--optimizer", RULES, "its optimizer"),
-        ("--rounding", ROUNDINGS, "how weights of 16 bits take steps"),
+        ("--weight-dtype", tuple(WEIGHT_DTYPES), "dtype of its weights"),
+        ("--optimizer", tuple(RULES), "its optimizer"),
+        ("--rounding", tuple(ROUNDINGS), "how weights of 16 bits take steps"),
     ):
         train.add_argument(
             flag,
-            choices=tuple(choices),
+            choices=choices,
             default=getattr(Settings, flag[2:].replace("-", "_")),
             help=f"with --head extreme, {meaning}{DEFAULT}",
         )
@@ -470,4 +531,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="VALUE",
         help="threads on the CPU (default: what torch takes)",
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--quiet",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="no progress bar",
+    )
