@@ -123,13 +123,18 @@ def test_same_command_same_scores(folder, tmp_path):
     assert reports[0] == reports[1]
 
 
-@pytest.mark.parametrize("head", ["dense", "extreme"])
-def test_killed_and_resumed(folder, tmp_path, head):
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--head", "extreme", "--weight-dtype", "bf16", "--rounding", "stochastic"],
+        ["--precision", "bf16", "--validation", "0.2", "--patience", "6"],
+    ],
+)
+def test_killed_and_resumed(folder, tmp_path, options):
     """kill -9 in the middle, several times: the bits of the end are those of a run in one go."""
-    arguments = ["train", *files(folder), *QUICK, "--epochs", "6", "--head", head, "--quiet"]
-    arguments += ["--ensemble", "2"]
-    if head == "extreme":
-        arguments += ["--weight-dtype", "bf16", "--rounding", "stochastic"]
+    arguments = ["train", *files(folder), *QUICK, "--epochs", "6", "--quiet", "--ensemble", "2"]
+    arguments += options
     command = [sys.executable, "-m", "mlloss_cuda.xmc", *arguments, "--checkpoint-minutes", "0"]
     paths = [tmp_path / "killed.pt", tmp_path / "whole.pt"]
     kills = 0
