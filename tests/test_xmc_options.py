@@ -513,4 +513,4 @@ class TestHook:
 )
 def test_settings_are_checked(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
-        Settings(**{name: value})  # type: ignore[arg-type]
+        Settings(**{name: value})

@@ -12,8 +12,6 @@ from typing import Any
 
 from mlloss_cuda.xmc.data.files import open_regular
 
-NOT_IN_FILES = ("--config", "--help")
-
 
 def use_config(path: str | os.PathLike[str], parser: argparse.ArgumentParser) -> None:
     """Make what a file says the defaults of a parser, so that flags given to it win.
@@ -32,7 +30,7 @@ def use_config(path: str | os.PathLike[str], parser: argparse.ArgumentParser) ->
     actions = {
         flag: action
         for flag, action in parser._option_string_actions.items()
-        if flag == action.option_strings[0] and flag not in NOT_IN_FILES
+        if flag == action.option_strings[0] and flag != "--config"  # nor -h and --no-quiet
     }
     defaults: dict[str, Any] = {}
     for key, value in _read(path).items():

@@ -31,18 +31,18 @@ class Settings:
     seed: int = 0
     hidden: int = 512
     batch_size: int = 256
-    learning_rate: float = 5e-3  # the largest one of the schedule
-    schedule: str = "cosine"  # how it falls: to 0 along half a cosine or a line, or not at all
-    warmup: float = 0.1  # share of the steps, in which it rises from 0
+    learning_rate: float = 5e-3
     dropout: float = 0.3
     feature_dropout: float = 0.1
     features: str = "auto"
     label_smoothing: float = 0.0
-    label_weights: str = "none"  # what positives of each label count, see `LABEL_WEIGHTS`
     ensemble: int = 1  # models, trained one after the other, whose logits are averaged
-    patience: int | None = None  # epochs without a better P@1 after which a model stops
     device: str = "cpu"
+    schedule: str = "cosine"  # how the learning rate falls: along half a cosine, a line, not at all
+    warmup: float = 0.1  # share of the steps in which it rises from 0 before
+    label_weights: str = "none"  # what positives of each label count, see `LABEL_WEIGHTS`
     precision: str = "fp32"  # of matrix products in training; weights are fp32 all the same
+    patience: int | None = None  # epochs without a better P@1 after which a model stops
     head: str = "dense"
     # Of an extreme head, see `mlloss_cuda.ExtremeLinear`.
     weight_dtype: str = "fp32"
@@ -65,10 +65,11 @@ class Settings:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        for name in ("epochs", "hidden", "batch_size", "ensemble", "patience"):
-            size = getattr(self, name)
-            if not (1 <= size < SIZE_LIMIT if size is not None else name == "patience"):
-                raise ValueError(f"{name} must be in [1, 2^31), got {size}")
+        for name in ("epochs", "hidden", "batch_size", "ensemble"):
+            if not 1 <= getattr(self, name) < SIZE_LIMIT:
+                raise ValueError(f"{name} must be in [1, 2^31), got {getattr(self, name)}")
+        if self.patience is not None and not 1 <= self.patience < SIZE_LIMIT:
+            raise ValueError(f"patience must be in [1, 2^31), got {self.patience}")
         for name in ("dropout", "feature_dropout", "label_smoothing", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
