@@ -13,11 +13,13 @@ import torch
 pytest.importorskip("tqdm", reason="mlloss_cuda.xmc needs tqdm")
 
 from mlloss_cuda.xmc import (
+    Classifier,
     DataError,
     GeneratorSettings,
     cli,
     generate,
     read_dataset,
+    read_pair,
     write_dataset,
 )
 from mlloss_cuda.xmc.cli import main
@@ -121,13 +123,18 @@ def test_same_command_same_scores(folder, tmp_path):
     assert reports[0] == reports[1]
 
 
-@pytest.mark.parametrize("head", ["dense", "extreme"])
-def test_killed_and_resumed(folder, tmp_path, head):
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--head", "extreme", "--weight-dtype", "bf16", "--rounding", "stochastic"],
+        ["--precision", "bf16", "--validation", "0.2", "--patience", "6"],
+    ],
+)
+def test_killed_and_resumed(folder, tmp_path, options):
     """kill -9 in the middle, several times: the bits of the end are those of a run in one go."""
-    arguments = ["train", *files(folder), *QUICK, "--epochs", "6", "--head", head, "--quiet"]
-    arguments += ["--ensemble", "2"]
-    if head == "extreme":
-        arguments += ["--weight-dtype", "bf16", "--rounding", "stochastic"]
+    arguments = ["train", *files(folder), *QUICK, "--epochs", "6", "--quiet", "--ensemble", "2"]
+    arguments += options
     command = [sys.executable, "-m", "mlloss_cuda.xmc", *arguments, "--checkpoint-minutes", "0"]
     paths = [tmp_path / "killed.pt", tmp_path / "whole.pt"]
     kills = 0
@@ -171,6 +178,64 @@ def test_headerless_files_and_validation(folder, tmp_path, capsys):
     assert main(["train", *arguments, "--report", str(report)]) == 0
     assert "225 rows to train on, 75 to test on" in capsys.readouterr().out
     assert json.loads(report.read_text())["sizes"]["test_rows"] == 75
+
+
+def test_rows_held_out_beside_a_test_file(folder, tmp_path, capsys):
+    """Curves are of the rows held out, the report is of the test file."""
+    report, model = tmp_path / "report.json", tmp_path / "model"
+    arguments = [*files(folder), *QUICK, "--quiet", "--validation", "0.1"]
+    outputs = ["--report", str(report), "--model", str(model)]
+    assert main(["train", *arguments, *outputs]) == 0
+    printed = capsys.readouterr().out
+    assert "270 rows to train on, 30 held out, 100 to test on, 200 features" in printed
+    found = json.loads(report.read_text())
+    assert (found["sizes"]["train_rows"], found["sizes"]["test_rows"]) == (270, 100)
+    assert found["data"]["test"] == str(folder / "tiny_test.txt")
+    classifier = Classifier.load(model)
+    test = read_dataset(folder / "tiny_test.txt")
+    assert classifier.evaluate(test)["P@1"] == found["P@1"]
+    train, _ = read_pair(folder / "tiny_train.txt", folder / "tiny_test.txt")
+    held_out = train.take(np.sort(np.random.default_rng(0).permutation(300)[:30]))
+    assert classifier.evaluate(held_out)["P@1"] == found["epochs"][-1]["P@1"]
+
+
+def test_rows_held_out_alone_are_for_curves_and_report(folder, tmp_path):
+    report = tmp_path / "report.json"
+    arguments = [*files(folder)[:2], *QUICK, "--quiet", "--validation", "0.2"]
+    assert main(["train", *arguments, "--report", str(report)]) == 0
+    found = json.loads(report.read_text())
+    for name in SCORES:
+        assert found["epochs"][-1][name] == found[name]
+
+
+def test_early_stopping(folder, tmp_path):
+    report = tmp_path / "report.json"
+    arguments = [*files(folder), *QUICK, "--epochs", "60", "--validation", "0.2", "--quiet"]
+    options = ["--patience", "2", "--schedule", "constant", "--report", str(report)]
+    assert main(["train", *arguments, *options]) == 0
+    scores = [epoch["P@1"] for epoch in json.loads(report.read_text())["epochs"]]
+    assert len(scores) == scores.index(max(scores)) + 1 + 2 < 60
+
+
+def test_every_setting_has_a_flag(folder, tmp_path):
+    report = tmp_path / "report.json"
+    options = {
+        "loss": "sigmoid",
+        "schedule": "linear",
+        "warmup": 0.25,
+        "label_weights": "propensity",
+        "precision": "bf16",
+        "patience": 7,
+    }
+    flags = [
+        text
+        for name, value in options.items()
+        for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    arguments = [*files(folder), *QUICK, "--quiet", "--validation", "0.2", *flags]
+    assert main(["train", *arguments, "--report", str(report)]) == 0
+    found = json.loads(report.read_text())["settings"]
+    assert {name: found[name] for name in options} == options
 
 
 def test_files_of_features_and_labels(folder, tmp_path, capsys):
@@ -267,6 +332,11 @@ def test_malformed_file_as_a_process(folder, tmp_path):
         (["--device", "hpu"], "--device hpu: "),
         (["--device", "mtia"], "--device mtia: "),
         (["--threads", "0"], "--threads must be at least 1"),
+        (["--warmup", "1"], "warmup must be in [0, 1)"),
+        (["--label-weights", "propensity"], "label_weights is not for loss='zlpr'"),
+        (["--precision", "fp16"], "precision='fp16' needs a GPU"),
+        (["--patience", "0", "--validation", "0.1"], "patience must be in [1, 2^31), got 0"),
+        (["--patience", "2"], "--patience needs --validation"),
         (["--report", "."], ".: cannot be written: Is a directory"),
         (["--report", "/dev/null"], "/dev/null: cannot be written: Not a regular file"),
         (["--report", "/dev/null/r.json"], "/dev/null/r.json: cannot be written: Not a directory"),
@@ -290,7 +360,7 @@ def test_wrong_arguments(folder, capsys, monkeypatch, changes, message):
         [],
         ["train"],
         ["train", "--train", "x"],
-        ["train", "--train", "x", "--test", "y", "--validation", "0.1"],
+        ["train", "--test", "y"],
         ["train", "--train", "x", "--test", "y", "--loss", "hinge"],
     ],
 )
@@ -347,7 +417,11 @@ def test_no_rows_to_test_on(folder, tmp_path, capsys):
     train = files(folder)[:2]
     for arguments, message in (
         (["--test", str(empty)], f"--test {empty}: no rows to test on"),
-        (["--validation", "0.001"], "--validation 0.001 holds out none of the 300 rows of "),
+        (["--validation", "0.001"], "--validation 0.001: 0.001 of 300 rows is none to hold out ("),
+        (
+            [*files(folder)[2:], "--validation", "0.001"],
+            "--validation 0.001: 0.001 of 300 rows is none to hold out (",
+        ),
     ):
         assert main(["train", *train, *arguments, *QUICK, "--quiet"]) == 2
         output = capsys.readouterr()
@@ -359,7 +433,7 @@ def test_no_rows_to_test_on(folder, tmp_path, capsys):
 @pytest.mark.parametrize("share", ["0", "1", "nan"])
 def test_validation_share_is_checked(folder, capsys, share):
     assert main(["train", *files(folder)[:2], "--validation", share]) == 2
-    assert "--validation must be between 0 and 1" in capsys.readouterr().err
+    assert "must be above 0 and below 1" in capsys.readouterr().err
 
 
 def test_generate(tmp_path, capsys):

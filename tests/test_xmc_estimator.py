@@ -85,7 +85,7 @@ def test_parameters_are_the_settings() -> None:
     """A new setting needs a line in the class."""
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     del defaults["seed"]
-    own = {"threshold": 0.5, "random_state": None, "verbose": False}
+    own = {"validation_fraction": 0.1, "threshold": 0.5, "random_state": None, "verbose": False}
     assert ExtremeClassifier().get_params() == {**defaults, **own}
 
 
@@ -98,6 +98,7 @@ def test_parameters_are_the_settings() -> None:
         ({"features": "tfidf"}, ValueError, "tfidf is for sparse features"),
         ({"random_state": -1}, ValueError, "seed must be in"),
         ({"random_state": "x"}, ValueError, "cannot be used to seed"),
+        ({"patience": 2, "validation_fraction": 1}, ValueError, "hold out must be above 0"),
         ({"threshold": 0}, ValueError, "threshold must be above 0 and below 1, got 0"),
         ({"threshold": 1.0}, ValueError, "threshold must be above 0 and below 1"),
         ({"threshold": float("nan")}, ValueError, "threshold must be above 0 and below 1"),
@@ -130,6 +131,18 @@ def test_verbose(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # ---- Training ------------------------------------------------------------------------------------
+
+
+def test_early_stopping() -> None:
+    """On rows held out by the seed, and with the weights of the best epoch."""
+    model = estimator(epochs=30, patience=2, validation_fraction=0.2).fit(X_TRAIN, Y_TRAIN)
+    classifier = model.classifier_
+    assert classifier.train_rows == 160
+    scores = [epoch.scores["P@1"] for epoch in classifier.history]
+    assert len(scores) < 30
+    assert scores.index(max(scores)) == len(scores) - 3
+    _, held_out = Dataset.from_arrays(X_TRAIN, Y_TRAIN).hold_out(0.2)
+    assert classifier.evaluate(held_out)["P@1"] == max(scores)
 
 
 def test_it_is_the_trainer() -> None:

@@ -174,6 +174,29 @@ def test_ids_that_count_from_one(tmp_path: Path) -> None:
     assert [line.partition(":")[0] for line in lines] == [str(1 + i % 3) for i in range(30)]
 
 
+def test_models_of_earlier_versions(tmp_path: Path) -> None:
+    """What their settings and epochs did not have yet is what it was then: the default."""
+    classifier, test = make("sparse")
+    path = tmp_path / "model"
+    classifier.save(path)
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    facts = json.loads(metadata["mlloss_cuda.xmc"])
+    for name in ("schedule", "warmup", "label_weights", "precision", "patience"):
+        del facts["settings"][name]
+    for epoch in facts["history"]:
+        del epoch["learning_rate"]
+    save_file(weights, path, {"mlloss_cuda.xmc": json.dumps(facts)})
+    loaded = Classifier.load(path)
+    assert loaded.settings == classifier.settings
+    assert [epoch.learning_rate for epoch in loaded.history] == [None, None]
+    assert loaded.evaluate(test) == classifier.evaluate(test)
+
+
 def test_damaged_files(tmp_path: Path) -> None:
     classifier, _ = make("sparse")
     path = tmp_path / "model"

@@ -18,7 +18,7 @@ import torch
 from mlloss_cuda import __version__
 from mlloss_cuda.xmc.data import Dataset, atomic_file
 
-FORMAT = 2  # of the file
+FORMAT = 3  # of the file
 CHECKED_ROWS = 1 << 12  # of an array at a time
 
 

@@ -59,6 +59,7 @@ class Epoch:
     seconds: float  # without evaluation
     scores: dict[str, float] | None  # of this model, on the rows of `evaluate_on`, if given
     member: int = 1  # which model of an ensemble
+    learning_rate: float | None = None  # of the last step; None: made by an earlier version
 
 
 @dataclasses.dataclass(frozen=True)

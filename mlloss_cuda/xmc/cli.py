@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
 import torch
 
-from mlloss_cuda import __version__, build_info
+from mlloss_cuda import build_info
 from mlloss_cuda.metrics import labels_of_pairs
-from mlloss_cuda.optimizer import ROUNDINGS, RULES
 from mlloss_cuda.xmc.classifier import Classifier, load_safetensors
+from mlloss_cuda.xmc.config import use_config
+from mlloss_cuda.xmc.curves import LearningCurves
 from mlloss_cuda.xmc.data import (
     DataError,
     Dataset,
@@ -26,10 +26,9 @@ from mlloss_cuda.xmc.data import (
     read_filter_pairs,
     read_pair,
 )
-from mlloss_cuda.xmc.features import TREATMENTS
 from mlloss_cuda.xmc.generated import GeneratorSettings, write_generated
 from mlloss_cuda.xmc.html_report import is_html, read_reports, save_report, write_html_report
-from mlloss_cuda.xmc.losses import LOSSES
+from mlloss_cuda.xmc.parser import make_parser
 from mlloss_cuda.xmc.report import (
     evaluation_table,
     make_evaluation_report,
@@ -39,12 +38,11 @@ from mlloss_cuda.xmc.report import (
     write_predictions,
     write_report,
 )
-from mlloss_cuda.xmc.settings import HEADS, WEIGHT_DTYPES, Settings
+from mlloss_cuda.xmc.settings import Settings
 from mlloss_cuda.xmc.trainer import fit
 
 WRONG_INPUT = 2  # exit status, the one argparse uses
 INTERRUPTED = 130  # exit status, the one shells use for Ctrl-C
-DEFAULT = " (default: %(default)s)"  # at the end of an option's help
 
 # What torch says, in a RuntimeError like any other, when memory of the CPU or of a CUDA library
 # runs out, and when a size in bytes does not even fit 64 bits.
@@ -64,10 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done. 2: wrong arguments or data, or sizes that memory does not hold, with one line on
     stderr that says what is wrong.
     """
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        if getattr(options, "config", None) is not None:
+            use_config(options.config, options.parser)
+            options = parser.parse_args(arguments)  # now with what the file says as defaults
+        COMMANDS[options.command](options)
     except (DataError, OSError, ValueError, FloatingPointError, ModuleNotFoundError) as error:
         # A ValueError or OSError is about what the user gave: settings, files, sizes.
         reason = _one_line(error)
@@ -97,7 +98,14 @@ def _one_line(error: BaseException) -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
+    # Not argparse's business: they may come from the file of --config.
+    if options.train is None:
+        options.parser.error("the following arguments are required: --train")
+    if options.test is None and options.validation is None:
+        options.parser.error("at least one of the arguments --test --validation is required")
     settings = _settings(options)
+    if settings.patience is not None and options.validation is None:
+        raise ValueError("--patience needs --validation, the rows that tell when to stop")
     if options.report is not None:
         check_writable(options.report)  # not only after all the training
     if options.checkpoint is not None:
@@ -109,41 +117,57 @@ def _train(options: argparse.Namespace) -> None:
         raise ValueError(
             f"--checkpoint-minutes must not be negative, got {options.checkpoint_minutes}"
         )
+    curves: contextlib.AbstractContextManager[LearningCurves | None] = contextlib.nullcontext()
+    if options.tensorboard is not None:
+        curves = LearningCurves(options.tensorboard, settings.ensemble)
     start = time.perf_counter()
-    if options.test is not None:
-        train, test = read_pair(
-            options.train,
-            options.test,
-            train_labels=options.train_labels,
-            test_labels=options.test_labels,
-            cache=options.cache,
-        )
-        if test.num_rows == 0:
-            raise ValueError(f"--test {options.test}: no rows to test on")
-    else:
-        if options.test_labels is not None:
-            raise ValueError("--test-labels belongs to --test, which is not given")
-        whole = read_dataset(options.train, options.train_labels, cache=options.cache)
-        train, test = _hold_out(whole, options.validation, options.seed)
+    train, test, held_out = _read_rows(options)
     seconds = time.perf_counter() - start
+    watched = "" if held_out is None or held_out is test else f"{held_out.num_rows:,} held out, "
     print(
-        f"{train.num_rows:,} rows to train on, {test.num_rows:,} to test on, "
+        f"{train.num_rows:,} rows to train on, {watched}{test.num_rows:,} to test on, "
         f"{train.num_features:,} features, {train.num_labels:,} labels (read in {seconds:.1f} s)",
         flush=True,
     )
-    classifier = fit(
-        train,
-        settings,
-        progress=not options.quiet,
-        checkpoint=options.checkpoint,
-        checkpoint_minutes=options.checkpoint_minutes,
-    )
+    with curves as on_epoch:
+        classifier = fit(
+            train,
+            settings,
+            evaluate_on=held_out,
+            progress=not options.quiet,
+            checkpoint=options.checkpoint,
+            checkpoint_minutes=options.checkpoint_minutes,
+            on_epoch=on_epoch,
+        )
     report = make_report(classifier, train, test, classifier.evaluate(test))
     print(score_table([report]))
     if options.report is not None:
         save_report(options.report, report)
     if options.model is not None:
         classifier.save(options.model)
+
+
+def _read_rows(options: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset | None]:
+    """Rows to train on, to test on, and those held out of training, which may be the same."""
+    if options.test is None:
+        if options.test_labels is not None:
+            raise ValueError("--test-labels belongs to --test, which is not given")
+        whole = read_dataset(options.train, options.train_labels, cache=options.cache)
+        train, held_out = _hold_out(whole, options.validation, options.seed)
+        return train, held_out, held_out
+    train, test = read_pair(
+        options.train,
+        options.test,
+        train_labels=options.train_labels,
+        test_labels=options.test_labels,
+        cache=options.cache,
+    )
+    if test.num_rows == 0:
+        raise ValueError(f"--test {options.test}: no rows to test on")
+    if options.validation is None:
+        return train, test, None
+    train, held_out = _hold_out(train, options.validation, options.seed)
+    return train, test, held_out
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -215,16 +239,10 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _hold_out(dataset: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    if not 0 < share < 1:
-        raise ValueError(f"--validation must be between 0 and 1, got {share}")
-    order = np.random.default_rng(seed).permutation(dataset.num_rows)
-    held_out = round(share * dataset.num_rows)
-    if held_out == 0:
-        raise ValueError(
-            f"--validation {share} holds out none of the {dataset.num_rows:,} rows of "
-            f"{dataset.path}: no rows to test on"
-        )
-    return dataset.take(np.sort(order[held_out:])), dataset.take(np.sort(order[:held_out]))
+    try:
+        return dataset.hold_out(share, seed)
+    except ValueError as error:
+        raise ValueError(f"--validation {share}: {error}") from error
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -278,236 +296,12 @@ def _fields(settings: type) -> tuple[dataclasses.Field[object], ...]:
     return dataclasses.fields(settings)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m mlloss_cuda.xmc",
-        description="Extreme multi-label classification with the losses of mlloss_cuda.",
-    )
-    parser.add_argument("--version", action="version", version=f"mlloss_cuda {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    train = commands.add_parser(
-        "train",
-        help="train on a data file and report P@k and PSP@k on another",
-        description="Train on a data file and report P@k and PSP@k on another. Files are XMC text "
-        "(header 'N D L') or headerless libsvm text with several labels per row, or come in pairs: "
-        "features (text with a header 'N D', a CSR matrix as .npz, a dense array as .npy) and "
-        "labels (text with a header 'N L', a CSR matrix). Text may be packed with gzip.",
-    )
-    train.set_defaults(run=_train)
-    train.add_argument("--train", type=Path, required=True, metavar="FILE", help="training rows")
-    judge = train.add_mutually_exclusive_group(required=True)
-    judge.add_argument("--test", type=Path, metavar="FILE", help="test rows")
-    judge.add_argument(
-        "--validation",
-        type=float,
-        metavar="SHARE",
-        help="instead of a test file, hold out this share of the training rows",
-    )
-    for half in ("train", "test"):
-        train.add_argument(
-            f"--{half}-labels",
-            type=Path,
-            metavar="FILE",
-            help=f"labels, where the file of --{half} holds features alone",
-        )
-    train.add_argument(
-        "--cache",
-        type=Path,
-        metavar="DIR",
-        help="keep what was parsed here, and map it into memory the next time",
-    )
-    train.add_argument(
-        "--loss", choices=tuple(LOSSES), default=Settings.loss, help=f"which loss{DEFAULT}"
-    )
-    for flag, meaning in (
-        ("--label-smoothing", "of --loss sigmoid"),
-        ("--ensemble", "models to train, whose logits are averaged"),
-    ):
-        default = getattr(Settings, flag[2:].replace("-", "_"))
-        train.add_argument(
-            flag, type=type(default), default=default, metavar="VALUE", help=meaning + DEFAULT
-        )
-    train.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="write scores etc. as JSON, or as a page where the name ends with .html",
-    )
-    train.add_argument(
-        "--model", type=Path, metavar="FILE", help="write the trained model here (safetensors)"
-    )
-    train.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="write the state of the run here, and go on from it if it is there",
-    )
-    train.add_argument(
-        "--checkpoint-minutes",
-        type=float,
-        default=5.0,
-        metavar="VALUE",
-        help=f"time between two states, 0: after every step{DEFAULT}",
-    )
-    train.add_argument(
-        "--head",
-        choices=HEADS,
-        default=Settings.head,
-        help="linear layer of torch, or mlloss_cuda.ExtremeLinear, which never holds all logits "
-        f"or the gradient of all weights{DEFAULT}",
-    )
-    for flag, choices, meaning in (
-        ("--weight-dtype", WEIGHT_DTYPES, "dtype of its weights"),
-        ("--optimizer", RULES, "its optimizer"),
-        ("--rounding", ROUNDINGS, "how weights of 16 bits take steps"),
-    ):
-        train.add_argument(
-            flag,
-            choices=tuple(choices),
-            default=getattr(Settings, flag[2:].replace("-", "_")),
-            help=f"with --head extreme, {meaning}{DEFAULT}",
-        )
-    train.add_argument(
-        "--head-lr",
-        dest="head_learning_rate",
-        type=float,
-        metavar="VALUE",
-        help="with --head extreme, its learning rate (default: that of --lr)",
-    )
-    _add_settings(train)
-
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="report how good a saved model is on a data file",
-        description="P@k, PSP@k, nDCG@k, PSnDCG@k, recall and coverage at k of a saved model, and "
-        "what head, torso and tail labels add to P@k, each with a third of the training "
-        "occurrences.",
-    )
-    evaluate.set_defaults(run=_evaluate)
-    evaluate.add_argument("--test", type=Path, required=True, metavar="FILE", help="test rows")
-    evaluate.add_argument(
-        "--test-labels", type=Path, metavar="FILE", help="labels, where --test holds features alone"
-    )
-    evaluate.add_argument(
-        "--filter", type=Path, metavar="FILE", help="pairs 'row label' that do not count"
-    )
-    evaluate.add_argument("--cache", type=Path, metavar="DIR", help="see train")
-    evaluate.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="write scores as JSON, or as a page where the name ends with .html",
-    )
-    predict = commands.add_parser(
-        "predict",
-        help="write the best labels of each row of a data file",
-        description="Write a line 'label:score label:score ...' for each row, best first, below a "
-        "header 'N L'. Scores are sigmoids of logits: probabilities after training with --loss "
-        "sigmoid, and otherwise numbers with their order. Labels count as in the training file; "
-        "where that has no header and counts from 1, there is no header here either.",
-    )
-    predict.set_defaults(run=_predict)
-    predict.add_argument("--input", type=Path, required=True, metavar="FILE", help="rows")
-    predict.add_argument(
-        "--features-only", action="store_true", help="--input holds features alone, no labels"
-    )
-    predict.add_argument("--output", type=Path, required=True, metavar="FILE", help="for labels")
-    predict.add_argument("--k", type=int, default=5, metavar="VALUE", help=f"labels{DEFAULT}")
-    for command in (evaluate, predict):
-        command.add_argument("--model", type=Path, required=True, metavar="FILE", help="by train")
-        command.add_argument(
-            "--device", default="cpu", metavar="VALUE", help=f"cpu, cuda, cuda:1, ...{DEFAULT}"
-        )
-        command.add_argument("--threads", type=int, metavar="VALUE", help="on the CPU")
-    info = commands.add_parser(
-        "info",
-        help="show what a saved model is, or what this installation has",
-        description="Print JSON: of a saved model its sizes, settings and training; without one, "
-        "how this library was built.",
-    )
-    info.set_defaults(run=_info)
-    info.add_argument("--model", type=Path, metavar="FILE", help="by train")
-
-    report = commands.add_parser(
-        "report",
-        help="make a page of HTML of one or more reports in JSON",
-        description="Make one page of HTML of reports that train --report or demo have written as "
-        "JSON; several runs stand side by side.",
-    )
-    report.set_defaults(run=_report)
-    report.add_argument("reports", type=Path, nargs="+", metavar="REPORT", help="JSON files")
-    report.add_argument("--output", type=Path, required=True, metavar="FILE", help="for the page")
-
-    demo = commands.add_parser(
-        "demo",
-        help="train with both losses; ends with a table, a picture and a page of HTML",
-        description="Train with both losses on generated or given data; ends with a table, and a "
-        "picture and a page of learning curves, scores and the time of the loss kernels.",
-    )
-    demo.set_defaults(run=_demo)
-    demo.add_argument(
-        "--data", type=Path, metavar="DIR", help="take *_train.txt and *_test.txt from here"
-    )
-    demo.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        default=Path("demo_output"),
-        help=f"for the results{DEFAULT}",
-    )
-    _add_settings(demo)
-
-    generate = commands.add_parser(
-        "generate",
-        help="write a generated power-law data set",
-        description="Write generated_train.txt and generated_test.txt as XMC text.",
-    )
-    generate.set_defaults(run=_generate)
-    generate.add_argument("--output", type=Path, metavar="DIR", required=True, help="where to")
-    for field in _fields(GeneratorSettings):
-        generate.add_argument(
-            "--" + field.name.replace("_", "-"),
-            type=type(field.default),
-            default=field.default,
-            metavar="N",
-            help="default: %(default)s",
-        )
-    return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    for flag, meaning in (
-        ("--epochs", "passes over the training rows"),
-        ("--seed", "of everything random"),
-        ("--hidden", "units of the hidden layer"),
-        ("--batch-size", "rows per step"),
-        ("--dropout", "share of hidden units dropped"),
-        ("--feature-dropout", "share of feature entries dropped"),
-        ("--device", "cpu, cuda, cuda:1, ..."),
-    ):
-        default = getattr(Settings, flag[2:].replace("-", "_"))
-        parser.add_argument(
-            flag, type=type(default), default=default, metavar="VALUE", help=meaning + DEFAULT
-        )
-    parser.add_argument(
-        "--lr",
-        dest="learning_rate",
-        type=float,
-        default=Settings.learning_rate,
-        metavar="VALUE",
-        help=f"largest learning rate of the schedule{DEFAULT}",
-    )
-    parser.add_argument(
-        "--features",
-        choices=TREATMENTS,
-        default=Settings.features,
-        help=f"treatment of features{DEFAULT}",
-    )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        metavar="VALUE",
-        help="threads on the CPU (default: what torch takes)",
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+COMMANDS = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "info": _info,
+    "report": _report,
+    "demo": _demo,
+    "generate": _generate,
+}

@@ -56,9 +56,12 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
 
     Args:
         loss, epochs, hidden, batch_size, learning_rate, dropout, feature_dropout, features,
-            label_smoothing, ensemble, device, head, weight_dtype, optimizer, head_learning_rate,
-            rounding: as in `Settings`, with its defaults. Features that a `TfidfVectorizer` has
-            made want `features="raw"`: `"auto"` would weigh them again.
+            label_smoothing, ensemble, device, schedule, warmup, label_weights, precision, patience,
+            head, weight_dtype, optimizer, head_learning_rate, rounding: as in `Settings`, with its
+            defaults. Features that a `TfidfVectorizer` has made want `features="raw"`: `"auto"`
+            would weigh them again.
+        validation_fraction: in (0, 1); the share of the rows that tells when to stop, and is not
+            trained on, where there is `patience`. Without, all rows are trained on.
         threshold: in (0, 1); `predict` takes the labels whose sigmoid(logit) is larger. At 0.5
             these are the labels with positive logits, which is what ZLPR, the default loss, is
             made for. May be changed after `fit`. It has no effect on classes.
@@ -92,11 +95,17 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
     label_smoothing: float = Settings.label_smoothing
     ensemble: int = Settings.ensemble
     device: str = Settings.device
+    schedule: str = Settings.schedule
+    warmup: float = Settings.warmup
+    label_weights: str = Settings.label_weights
+    precision: str = Settings.precision
+    patience: int | None = Settings.patience
     head: str = Settings.head
     weight_dtype: str = Settings.weight_dtype
     optimizer: str = Settings.optimizer
     head_learning_rate: float | None = Settings.head_learning_rate
     rounding: str = Settings.rounding
+    validation_fraction: float = 0.1
     threshold: float = 0.5
     random_state: int | np.random.RandomState | None = None
     verbose: bool = False
@@ -145,8 +154,13 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
             classes, labels = np.arange(y.shape[1]), _checked_indicator(y)
             indicator = _Indicator(type(y), y.dtype)
         dataset = Dataset.from_arrays(X, labels)
+        held_out = None
+        if settings.patience is not None:
+            dataset, held_out = dataset.hold_out(self.validation_fraction, settings.seed)
         with _own_random_bits(settings.device):
-            classifier = trainer.fit(dataset, settings, progress=bool(self.verbose))
+            classifier = trainer.fit(
+                dataset, settings, evaluate_on=held_out, progress=bool(self.verbose)
+            )
         if isinstance(classifier.model.head, ExtremeLinear):
             classifier.model.head = _without_optimizer(classifier.model.head)
         self.classes_: npt.NDArray[Any] = classes

@@ -10,6 +10,9 @@ from torch import Tensor
 from mlloss_cuda import (
     SparseLabels,
     asymmetric_loss,
+    class_balanced_weights,
+    inverse_frequency_weights,
+    inverse_propensity,
     multilabel_categorical_crossentropy,
     multilabel_ranking_loss,
     multilabel_softmax_cross_entropy,
@@ -72,4 +75,13 @@ LOSSES = {
     "softmax": TrainingLoss(
         multilabel_softmax_cross_entropy, "mean", None, frozenset(), starts_at_log_odds=False
     ),
+}
+
+# What the positives of each label count, by name: from the number of training rows that have each
+# label, int64 [num_labels], and the number of all, to the `pos_weight` of a loss.
+LABEL_WEIGHTS: dict[str, Callable[[Tensor, int], Tensor | None]] = {
+    "none": lambda *_: None,
+    "inverse_frequency": lambda counts, _: inverse_frequency_weights(counts),
+    "class_balanced": lambda counts, _: class_balanced_weights(counts),
+    "propensity": inverse_propensity,
 }

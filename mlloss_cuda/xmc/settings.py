@@ -10,9 +10,11 @@ import torch
 from mlloss_cuda.optimizer import ROUNDINGS, RULES
 from mlloss_cuda.xmc.data import SIZE_LIMIT
 from mlloss_cuda.xmc.features import TREATMENTS
-from mlloss_cuda.xmc.losses import LOSSES
+from mlloss_cuda.xmc.losses import LABEL_WEIGHTS, LOSSES
 
 HEADS = ("dense", "extreme")
+SCHEDULES = ("cosine", "linear", "constant")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -36,6 +38,11 @@ class Settings:
     label_smoothing: float = 0.0
     ensemble: int = 1  # models, trained one after the other, whose logits are averaged
     device: str = "cpu"
+    schedule: str = "cosine"  # how the learning rate falls: along half a cosine, a line, not at all
+    warmup: float = 0.1  # share of the steps in which it rises from 0 before
+    label_weights: str = "none"  # what positives of each label count, see `LABEL_WEIGHTS`
+    precision: str = "fp32"  # of matrix products in training; weights are fp32 all the same
+    patience: int | None = None  # epochs without a better P@1 after which a model stops
     head: str = "dense"
     # Of an extreme head, see `mlloss_cuda.ExtremeLinear`.
     weight_dtype: str = "fp32"
@@ -48,7 +55,10 @@ class Settings:
         for name, choices in (
             ("loss", tuple(LOSSES)),
             ("features", TREATMENTS),
+            ("schedule", SCHEDULES),
+            ("label_weights", tuple(LABEL_WEIGHTS)),
             ("head", HEADS),
+            ("precision", tuple(PRECISIONS)),
             ("weight_dtype", tuple(WEIGHT_DTYPES)),
             ("optimizer", tuple(RULES)),
             ("rounding", tuple(ROUNDINGS)),
@@ -58,7 +68,9 @@ class Settings:
         for name in ("epochs", "hidden", "batch_size", "ensemble"):
             if not 1 <= getattr(self, name) < SIZE_LIMIT:
                 raise ValueError(f"{name} must be in [1, 2^31), got {getattr(self, name)}")
-        for name in ("dropout", "feature_dropout", "label_smoothing"):
+        if self.patience is not None and not 1 <= self.patience < SIZE_LIMIT:
+            raise ValueError(f"patience must be in [1, 2^31), got {self.patience}")
+        for name in ("dropout", "feature_dropout", "label_smoothing", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if not 0 < self.learning_rate < math.inf:
@@ -74,9 +86,13 @@ class Settings:
                 value = getattr(self, field.name)
                 if field.name in of_extreme and value != field.default:
                     raise ValueError(f"{field.name}={value!r} needs head='extreme'")
+        if self.precision == "fp16" and not self.device.startswith("cuda"):
+            raise ValueError(f"precision='fp16' needs a GPU, got device={self.device!r}")
         if self.head == "extreme" and LOSSES[self.loss].head_loss is None:
             raise ValueError(f"loss={self.loss!r} needs head='dense'")
         if self.label_smoothing != 0 and "label_smoothing" not in LOSSES[self.loss].takes:
             raise ValueError(f"label_smoothing is not for loss={self.loss!r}")
+        if self.label_weights != "none" and "pos_weight" not in LOSSES[self.loss].takes:
+            raise ValueError(f"label_weights is not for loss={self.loss!r}")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2^63), got {self.seed}")

@@ -108,6 +108,23 @@ class Dataset:
             dense_features=None if dense is None else dense[rows],
         )
 
+    def hold_out(self, share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """The other rows, and a share of the rows drawn at random, both in their order.
+
+        Raises:
+            ValueError: the share is not above 0 and below 1, or less than half a row.
+        """
+        if not 0 < share < 1:
+            raise ValueError(f"the share to hold out must be above 0 and below 1, got {share}")
+        count = round(share * self.num_rows)
+        if count == 0:
+            raise ValueError(
+                f"{share} of {self.num_rows:,} rows is none to hold out"
+                + (f" ({self.path})" if self.path else "")
+            )
+        order = np.random.default_rng(seed).permutation(self.num_rows)
+        return self.take(np.sort(order[count:])), self.take(np.sort(order[:count]))
+
 
 def from_parts(features: CSR | DenseArray | None, labels: CSR | None, path: str = "") -> Dataset:
     """Put checked features and labels together; None is a half without entries."""
