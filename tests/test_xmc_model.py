@@ -274,7 +274,8 @@ def test_info(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert facts["features"] == 200
     assert facts["labels"] == 50
     assert facts["settings"]["epochs"] == 3
-    assert facts["parameters"] == 200 * 16 + 16 + 16 * 50 + 50
+    first, second, gate = 200 * 16 + 16, 16 * 16 + 16, 1
+    assert facts["parameters"] == first + second + gate + 16 * 50 + 50
     assert main(["info"]) == 0
     assert "version" in json.loads(capsys.readouterr().out)
 

@@ -15,11 +15,12 @@ from mlloss_cuda import SparseLabels
 from mlloss_cuda.xmc import (
     CheckpointError,
     Dataset,
-    DenseMLP,
+    DenseEncoder,
     FeatureTransform,
     GeneratorSettings,
+    Model,
     Settings,
-    SparseMLP,
+    SparseEncoder,
     fit,
     generate,
     read_pair,
@@ -29,7 +30,7 @@ from mlloss_cuda.xmc import losses as losses_module
 from mlloss_cuda.xmc import trainer as trainer_module
 from mlloss_cuda.xmc.data import csr
 from mlloss_cuda.xmc.losses import LOSSES
-from mlloss_cuda.xmc.model import joined
+from mlloss_cuda.xmc.model import JoinedEncoder, joined, make_encoder
 
 TINY = GeneratorSettings(
     train_rows=600, test_rows=200, num_features=300, num_labels=80, labels_per_row=2.0
@@ -165,15 +166,26 @@ class TestFeatures:
             FeatureTransform.fit(dataset([[1.0]], [[]]), "magic")
 
 
-def test_model_is_a_two_layer_network():
+def test_model_is_a_network_with_a_gate():
     torch.manual_seed(0)
-    model = SparseMLP(5, 3, hidden=4, label_bias=torch.tensor([1.0, 2.0, 3.0]))
-    assert model.head.bias.tolist() == [1, 2, 3]
+    head = torch.nn.Linear(4, 3)
+    model = Model(SparseEncoder(5, 4), head, torch.tensor([1.0, 2.0, 3.0]))
+    assert head.bias.tolist() == [1, 2, 3]
+    assert Model(SparseEncoder(5, 4), torch.nn.Linear(4, 2)).head.bias.tolist() == [0, 0]
     ids, values = torch.tensor([0, 3, 4]), torch.tensor([0.5, -1.0, 2.0])
-    logits = model(ids, values, torch.tensor([0, 2, 2, 3]))
+    rows = ids, values, torch.tensor([0, 2, 2, 3])
     dense = torch.tensor([[0.5, 0, 0, -1, 0], [0] * 5, [0, 0, 0, 0, 2]])
-    hidden = torch.relu(dense @ model.embedding.weight + model.hidden_bias)
-    torch.testing.assert_close(logits, model.head(hidden))
+    encoder = model.encoder
+    with torch.no_grad():
+        encoder.bias.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+    first = torch.relu(dense @ encoder.embedding.weight + encoder.bias)
+    torch.testing.assert_close(model(*rows), head(first))
+    with torch.no_grad():
+        encoder.gate.fill_(0.5)
+    both = first + 0.5 * torch.relu(encoder.second(first))
+    torch.testing.assert_close(model(*rows), head(both))
+    model(*rows).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -184,21 +196,23 @@ def test_a_dense_model_is_a_sparse_one_of_full_rows(dtype):
     for treatment in ("standardize", "raw"):
         transform = FeatureTransform.fit(data, treatment)
         rows = transform.apply(data)
-        sparse = SparseMLP(5, 3, hidden=4)
-        scale, shift = torch.from_numpy(transform.scale), torch.from_numpy(transform.shift)
-        dense = DenseMLP(5, 3, hidden=4, head=sparse.head, scale=scale, shift=shift)
+        sparse = make_encoder(transform, 4)
+        dense = make_encoder(dataclasses.replace(transform, is_dense=True), 4)
+        dense.load_state_dict(sparse.state_dict(), strict=False)
         with torch.no_grad():
             dense.linear.weight.copy_(sparse.embedding.weight.t())
-        logits = dense(torch.from_numpy(values))
-        assert logits.dtype == torch.float32
+            for encoder in (sparse, dense):
+                encoder.gate.fill_(1)
+        hidden = dense(torch.from_numpy(values))
+        assert hidden.dtype == torch.float32
         arrays = rows.feature_ids, rows.feature_values, rows.feature_offsets
-        torch.testing.assert_close(logits, sparse(*map(torch.from_numpy, arrays)))
+        torch.testing.assert_close(hidden, sparse(*map(torch.from_numpy, arrays)))
 
 
 def test_dense_rows_of_any_size_get_length_one():
-    model = DenseMLP(2, 1, hidden=3)
+    encoder = DenseEncoder(torch.ones(2), torch.zeros(2), hidden=3)
     large = torch.tensor([[3e38, 3e38], [1e-30, 1e-30], [1.0, 1.0]])
-    encoded = model.encode(large)
+    encoded = encoder(large)
     torch.testing.assert_close(encoded[0], encoded[2])
     torch.testing.assert_close(encoded[1], encoded[2])
 
@@ -238,7 +252,7 @@ class TestTraining:
 
         settings = dataclasses.replace(settings, epochs=2)
         whole = fit(dense, settings, progress=False)
-        assert isinstance(whole.model, DenseMLP)
+        assert isinstance(whole.model.encoder, DenseEncoder)
         assert whole.transform.treatment == "standardize"
         options = {"checkpoint": tmp_path / "run.pt", "progress": False}
         for _ in range(2):
@@ -263,7 +277,7 @@ class TestTraining:
     @pytest.mark.parametrize("loss", LOSSES)
     def test_learns_the_planted_structure(self, tiny, loss):
         train, test = tiny
-        settings = Settings(loss=loss, epochs=20, hidden=64, batch_size=32)
+        settings = Settings(loss=loss, epochs=20, hidden=64, batch_size=32, label_smoothing=0.0)
         classifier = fit(train, settings, evaluate_on=test, progress=False)
         losses = [epoch.loss for epoch in classifier.history]
         assert losses[-1] < 0.7 * losses[0]
@@ -419,6 +433,7 @@ class TestTraining:
             next(dataclasses.replace(whole, model=member).logits(test))[0] for member in members
         ]
         assert len(alone) == 3
+        assert isinstance(whole.model.encoder, JoinedEncoder)
         torch.testing.assert_close(logits, torch.stack(alone).mean(0), rtol=1e-4, atol=1e-5)
         assert not torch.allclose(alone[0], alone[1], atol=1e-2)
         assert [(e.member, e.epoch) for e in whole.history] == [

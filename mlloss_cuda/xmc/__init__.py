@@ -39,7 +39,7 @@ from mlloss_cuda.xmc.data import (
 )
 from mlloss_cuda.xmc.features import FeatureTransform
 from mlloss_cuda.xmc.generated import GeneratorSettings, generate
-from mlloss_cuda.xmc.model import DenseMLP, SparseMLP
+from mlloss_cuda.xmc.model import DenseEncoder, Model, SparseEncoder
 from mlloss_cuda.xmc.settings import Settings
 from mlloss_cuda.xmc.trainer import fit
 
@@ -48,13 +48,14 @@ __all__ = [
     "Classifier",
     "DataError",
     "Dataset",
-    "DenseMLP",
+    "DenseEncoder",
     "Epoch",
     "FeatureTransform",
     "GeneratorSettings",
+    "Model",
     "ModelError",
     "Settings",
-    "SparseMLP",
+    "SparseEncoder",
     "fit",
     "from_sklearn_openml",
     "from_sklearn_rcv1",

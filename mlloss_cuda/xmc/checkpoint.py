@@ -84,6 +84,8 @@ class Checkpoint:
                 if archive.testzip() is not None:  # torch.load looks at no checksums
                     raise ValueError("a checksum is wrong")
             content = torch.load(self.path, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict):
+                raise TypeError("not a dictionary")
             found, version, state = content["run"], content["format"], content["state"]
             made_with = content["made_with"]
         except Exception as error:  # whatever damage makes of a file

@@ -34,10 +34,10 @@ from mlloss_cuda.metrics import (
 )
 from mlloss_cuda.xmc.data import Dataset, IntArray, atomic_file, gather_rows
 from mlloss_cuda.xmc.features import FeatureTransform
-from mlloss_cuda.xmc.model import DenseMLP, Model, SparseMLP
+from mlloss_cuda.xmc.model import JoinedEncoder, Model, make_encoder
 from mlloss_cuda.xmc.settings import Settings
 
-Features = tuple[Tensor, ...]  # what the model's `encode` takes
+Features = tuple[Tensor, ...]  # what the model's encoder takes
 
 REPORTED_RANKS = (1, 3, 5)
 GROUPS = ("head", "torso", "tail")  # of labels, each with a third of the training occurrences
@@ -304,13 +304,8 @@ def _from_saved(facts: dict[str, Any], weights: dict[str, Tensor]) -> Classifier
         head = ExtremeLinear(hidden, num_labels, dtype=weights["model.head.weight"].dtype)
     else:
         head = torch.nn.Linear(hidden, num_labels)
-    sizes = len(transform.scale), num_labels, hidden
-    model: Model
-    if transform.is_dense:
-        scale, shift = weights["transform.scale"], weights["transform.shift"]
-        model = DenseMLP(*sizes, head=head, scale=scale, shift=shift)
-    else:
-        model = SparseMLP(*sizes, head=head)
+    encoders = [make_encoder(transform, settings.hidden) for _ in range(settings.ensemble)]
+    model = Model(encoders[0] if len(encoders) == 1 else JoinedEncoder(encoders), head)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = weights[f"model.{name}"]
@@ -367,7 +362,7 @@ def encoded(
     for start in range(0, inputs.num_rows, batch_rows):
         rows = np.arange(start, min(start + batch_rows, inputs.num_rows))
         features, labels = batch_of(inputs, rows, model.head.weight.device)
-        yield model.encode(*features), labels
+        yield model.encoder(*features), labels
 
 
 @torch.no_grad()

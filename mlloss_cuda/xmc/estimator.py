@@ -88,11 +88,11 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
     epochs: int = Settings.epochs
     hidden: int = Settings.hidden
     batch_size: int = Settings.batch_size
-    learning_rate: float = Settings.learning_rate
+    learning_rate: float | None = Settings.learning_rate
     dropout: float = Settings.dropout
     feature_dropout: float = Settings.feature_dropout
     features: str = Settings.features
-    label_smoothing: float = Settings.label_smoothing
+    label_smoothing: float | None = Settings.label_smoothing
     ensemble: int = Settings.ensemble
     device: str = Settings.device
     schedule: str = Settings.schedule
@@ -215,8 +215,9 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
         """Probabilities.
 
         * Of the labels of an indicator: sigmoid(logit). That is a probability for
-          `loss="sigmoid"`. With ZLPR it is above 0.5 on the same side as the logit is above 0, no
-          more; focal and asymmetric loss distort it; with ranking and softmax it means nothing.
+          `loss="sigmoid"`, apart from label smoothing. With ZLPR it is above 0.5 on the same side
+          as the logit is above 0, no more; focal and asymmetric loss distort it; with ranking and
+          softmax it means nothing.
         * Of classes, they sum to 1: the softmax of the logits for softmax and ranking, and for
           other losses the sigmoids divided by their sum. That is a probability for `"softmax"`,
           `"ranking"` and `"sigmoid"`, and for `"zlpr"` where there are two classes.

@@ -28,7 +28,7 @@ class FeatureTransform:
     * `raw`: the values as they are.
 
     Dense features are standardized or raw. They stay as they are in memory or in a file: it is
-    `DenseMLP` that applies scale and shift, to a batch at a time.
+    `DenseEncoder` that applies scale and shift, to a batch at a time.
     """
 
     treatment: str

@@ -30,6 +30,7 @@ class TrainingLoss(NamedTuple):
         head_loss: its name for `ExtremeLinear.loss`, None if there is none.
         takes: names of the options it has: 'label_smoothing', 'pos_weight'.
         starts_at_log_odds: whether the bias of the output starts at the labels' log-odds.
+        adam_epsilon: of the optimizer.
     """
 
     function: Callable[..., Tensor]
@@ -37,6 +38,7 @@ class TrainingLoss(NamedTuple):
     head_loss: str | None
     takes: frozenset[str]
     starts_at_log_odds: bool
+    adam_epsilon: float = 1e-8
 
     def __call__(self, logits: Tensor, labels: SparseLabels, **options: Any) -> Tensor:
         """The loss, 0-d."""
@@ -48,6 +50,12 @@ class TrainingLoss(NamedTuple):
 # within a row, and of the positives of a row nearly all the gradient goes to the lowest. With
 # log-odds that is the rarest one, and the frequent labels, which are what can be learned first,
 # would get none.
+#
+# With Adam's usual epsilon of 1e-8, steps are as long for labels and features that hardly ever
+# occur as for all others, however small their gradients. With sigmoid cross-entropy, 1e-4 makes
+# them shorter: on held-out rows P@1 is about a point higher with 18,317 labels, and the same with
+# 983. ZLPR spreads a gradient of about 1 over all labels of a row, so that nearly all are that
+# small: there 1e-4 costs points.
 LOSSES = {
     "zlpr": TrainingLoss(
         multilabel_categorical_crossentropy,
@@ -62,6 +70,7 @@ LOSSES = {
         "sigmoid_cross_entropy",
         frozenset({"label_smoothing", "pos_weight"}),
         starts_at_log_odds=True,
+        adam_epsilon=1e-4,
     ),
     "focal": TrainingLoss(
         sigmoid_focal_loss, "batchmean", None, frozenset({"pos_weight"}), starts_at_log_odds=True

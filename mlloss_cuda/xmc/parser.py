@@ -11,7 +11,17 @@ from mlloss_cuda.optimizer import ROUNDINGS, RULES
 from mlloss_cuda.xmc.features import TREATMENTS
 from mlloss_cuda.xmc.generated import GeneratorSettings
 from mlloss_cuda.xmc.losses import LABEL_WEIGHTS, LOSSES
-from mlloss_cuda.xmc.settings import HEADS, PRECISIONS, SCHEDULES, WEIGHT_DTYPES, Settings
+from mlloss_cuda.xmc.settings import (
+    HEADS,
+    LARGEST_LEARNING_RATE,
+    MOST_SMOOTHING,
+    PRECISIONS,
+    SCHEDULES,
+    SMOOTHED_LABELS,
+    STEP_FACTOR,
+    WEIGHT_DTYPES,
+    Settings,
+)
 
 DEFAULT = " (default: %(default)s)"  # at the end of an option's help
 
@@ -69,8 +79,13 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--loss", choices=tuple(LOSSES), default=Settings.loss, help=f"which loss{DEFAULT}"
     )
+    train.add_argument(
+        "--label-smoothing",
+        type=float,
+        metavar="VALUE",
+        help=f"of --loss sigmoid (default: {SMOOTHED_LABELS:g} / labels, at most {MOST_SMOOTHING})",
+    )
     for flag, meaning in (
-        ("--label-smoothing", "of --loss sigmoid"),
         ("--ensemble", "models to train, whose logits are averaged"),
         ("--warmup", "share of the steps, in which the learning rate rises"),
     ):
@@ -263,9 +278,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--lr",
         dest="learning_rate",
         type=float,
-        default=Settings.learning_rate,
         metavar="VALUE",
-        help=f"largest learning rate of the schedule{DEFAULT}",
+        help="largest learning rate of the schedule "
+        f"(default: {STEP_FACTOR} / sqrt(steps), at most {LARGEST_LEARNING_RATE})",
     )
     parser.add_argument(
         "--features",

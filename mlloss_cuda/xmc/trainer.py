@@ -22,7 +22,7 @@ from mlloss_cuda.xmc.classifier import Classifier, Epoch, Features, batch_of, cu
 from mlloss_cuda.xmc.data import Dataset, IntArray
 from mlloss_cuda.xmc.features import FeatureTransform
 from mlloss_cuda.xmc.losses import LABEL_WEIGHTS, LOSSES
-from mlloss_cuda.xmc.model import DenseMLP, Model, SparseMLP, joined
+from mlloss_cuda.xmc.model import Model, joined, make_encoder
 from mlloss_cuda.xmc.settings import PRECISIONS, WEIGHT_DTYPES, Settings
 
 EARLY_STOPPING_SCORE = "P@1"
@@ -175,31 +175,22 @@ def _seed_of(member: int, seed: int) -> int:
 def _make_model(
     train: Dataset, settings: Settings, bias: Tensor | None, transform: FeatureTransform
 ) -> Model:
-    head = None
-    if settings.head == "extreme":
-        rate = settings.head_learning_rate
-        head = ExtremeLinear(
-            settings.hidden,
-            train.num_labels,
-            dtype=WEIGHT_DTYPES[settings.weight_dtype],
-            optimizer=settings.optimizer,
-            lr=settings.learning_rate if rate is None else rate,
-            rounding=settings.rounding,
-            seed=settings.seed,
-        )
-    arguments = (
-        train.num_features,
-        train.num_labels,
+    # First of all, so that the encoder is the same for every head: they draw from one generator.
+    encoder = make_encoder(transform, settings.hidden, settings.dropout, settings.feature_dropout)
+    if settings.head == "dense":
+        return Model(encoder, torch.nn.Linear(settings.hidden, train.num_labels), bias)
+    rate = settings.head_learning_rate
+    head = ExtremeLinear(
         settings.hidden,
-        settings.dropout,
-        settings.feature_dropout,
-        bias,
-        head,
+        train.num_labels,
+        dtype=WEIGHT_DTYPES[settings.weight_dtype],
+        optimizer=settings.optimizer,
+        lr=settings.learning_rate_of(train.num_rows) if rate is None else rate,
+        eps=LOSSES[settings.loss].adam_epsilon if settings.optimizer == "adamw" else None,
+        rounding=settings.rounding,
+        seed=settings.seed,
     )
-    if transform.is_dense:
-        scale, shift = torch.from_numpy(transform.scale), torch.from_numpy(transform.shift)
-        return DenseMLP(*arguments, scale=scale, shift=shift)
-    return SparseMLP(*arguments)
+    return Model(encoder, head, bias)
 
 
 class _Run:
@@ -223,11 +214,14 @@ class _Run:
         self.history: list[Epoch] = []
         self.best: dict[str, Tensor] | None = None  # weights of the best epoch, with patience
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, fused=True)
+        self.learning_rate = settings.learning_rate_of(num_rows)
+        self.optimizer = torch.optim.Adam(
+            trained, lr=self.learning_rate, eps=LOSSES[settings.loss].adam_epsilon, fused=True
+        )
         self.scaler = torch.amp.GradScaler(
             device.type, init_scale=FP16_LOSS_SCALE, enabled=settings.precision == "fp16"
         )
-        self.steps = math.ceil(num_rows / settings.batch_size) * settings.epochs
+        self.steps = settings.steps_of(num_rows)
         optimizers: list[torch.optim.Optimizer] = [self.optimizer]
         if isinstance(model.head, ExtremeLinear):
             optimizers.append(model.head.optimizer)
@@ -262,7 +256,7 @@ class _Run:
         """Go on to the next epoch."""
         last_step = self.steps * self.epoch // self.settings.epochs - 1
         factor = _learning_rate_factor(last_step, self.steps, self.settings)
-        rate = self.settings.learning_rate * factor
+        rate = self.learning_rate * factor
         self.history.append(Epoch(self.epoch, mean, self.seconds, scores, self.member, rate))
         if self.settings.patience is not None and self._best_epoch() == self.epoch:
             self.best = {
@@ -336,12 +330,12 @@ def _loss(
 ) -> Tensor:
     """Mean over the rows."""
     loss, options = LOSSES[settings.loss], dict[str, Any]()
-    if settings.label_smoothing != 0:
-        options["label_smoothing"] = settings.label_smoothing
+    if "label_smoothing" in loss.takes:
+        options["label_smoothing"] = settings.label_smoothing_of(model.head.weight.shape[0])
     if pos_weight is not None:
         options["pos_weight"] = pos_weight
     with _autocast(settings):
-        hidden = model.encode(*features)
+        hidden = model.encoder(*features)
         if isinstance(model.head, ExtremeLinear):
             is_fp16 = torch.float16 in (model.head.weight.dtype, PRECISIONS[settings.precision])
             return model.head.loss(
