@@ -336,7 +336,10 @@ def test_malformed_file_as_a_process(folder, tmp_path):
         (["--device", "mtia"], "--device mtia: "),
         (["--threads", "0"], "--threads must be at least 1"),
         (["--warmup", "1"], "warmup must be in [0, 1)"),
-        (["--label-weights", "propensity"], "label_weights is not for loss='zlpr'"),
+        (
+            ["--loss", "zlpr", "--label-weights", "propensity"],
+            "label_weights is not for loss='zlpr'",
+        ),
         (["--precision", "fp16"], "precision='fp16' needs a GPU"),
         (["--patience", "0", "--validation", "0.1"], "patience must be in [1, 2^31), got 0"),
         (["--patience", "2"], "--patience needs --validation"),

@@ -124,8 +124,8 @@ def test_flags_win_wherever_they_stand(folder: Path, tmp_path: Path, call: Call)
         assert call.settings == wanted
         assert call.options["progress"] is True
     # Also where they say what is the default anyway.
-    train(config, "--epochs", str(Settings.epochs), "--lr", str(Settings.learning_rate))
-    assert call.settings == Settings(schedule="linear")
+    train(config, "--epochs", str(Settings.epochs))
+    assert call.settings == Settings(learning_rate=0.5, schedule="linear")
 
 
 def test_an_empty_file_changes_nothing(folder: Path, tmp_path: Path, call: Call) -> None:

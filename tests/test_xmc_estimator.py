@@ -70,7 +70,7 @@ def estimator(**parameters: Any) -> ExtremeClassifier:
 
 @parametrize_with_checks(
     [
-        estimator(hidden=32, batch_size=8, epochs=10),
+        estimator(hidden=32, batch_size=8, epochs=10, loss="zlpr"),
         estimator(hidden=32, batch_size=16, loss="sigmoid", head="extreme"),
     ]
 )

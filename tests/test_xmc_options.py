@@ -238,13 +238,13 @@ class TestPrecision:
         self, tiny: tuple[Dataset, Dataset], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen: list[Any] = []
-        original = LOSSES["zlpr"]
+        original = LOSSES["sigmoid"]
 
         def watched(logits: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
             seen.append((logits.dtype, torch.is_autocast_enabled("cpu")))
             return original.function(logits, *rest, **options)
 
-        monkeypatch.setitem(losses_module.LOSSES, "zlpr", original._replace(function=watched))
+        monkeypatch.setitem(losses_module.LOSSES, "sigmoid", original._replace(function=watched))
         classifier = fit(
             tiny[0],
             dataclasses.replace(QUICK, precision="bf16"),
@@ -507,10 +507,14 @@ class TestHook:
         ("warmup", -0.1),
         ("warmup", 1.0),
         ("label_weights", "squared"),
-        ("label_weights", "propensity"),  # of zlpr
         ("precision", "fp64"),
     ],
 )
 def test_settings_are_checked(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         Settings(**{name: value})
+
+
+def test_label_weights_of_losses_that_take_none() -> None:
+    with pytest.raises(ValueError, match="label_weights is not for loss='zlpr'"):
+        Settings(loss="zlpr", label_weights="propensity")

@@ -307,13 +307,13 @@ class TestTraining:
 
     def test_the_loss_gets_sparse_labels_only(self, tiny, monkeypatch):
         seen = []
-        original = LOSSES["zlpr"]
+        original = LOSSES["sigmoid"]
 
         def watched(logits, target, **options):
             seen.append(type(target))
             return original.function(logits, target, **options)
 
-        monkeypatch.setitem(losses_module.LOSSES, "zlpr", original._replace(function=watched))
+        monkeypatch.setitem(losses_module.LOSSES, "sigmoid", original._replace(function=watched))
         fit(tiny[0], Settings(epochs=1, hidden=8), progress=False)
         assert set(seen) == {SparseLabels}
 
@@ -561,12 +561,28 @@ class TestTraining:
         ("head_learning_rate", 0.0),
         ("ensemble", 0),
         ("label_smoothing", 1.0),
-        ("label_smoothing", 0.1),  # of zlpr
     ],
 )
 def test_settings_are_checked(name, value):
     with pytest.raises(ValueError, match=name):
         Settings(**{name: value})
+
+
+def test_label_smoothing_of_losses_that_have_none():
+    with pytest.raises(ValueError, match="label_smoothing is not for loss='zlpr'"):
+        Settings(loss="zlpr", label_smoothing=0.1)
+    assert Settings(loss="zlpr", label_smoothing=0.0).label_smoothing_of(5) == 0
+
+
+def test_what_follows_from_the_data():
+    settings = Settings(batch_size=256, epochs=12)
+    assert settings.steps_of(257) == 24
+    assert settings.learning_rate_of(257) == 0.01
+    assert settings.learning_rate_of(20_757) == pytest.approx(0.12 / 984**0.5)
+    assert settings.label_smoothing_of(159) == pytest.approx(4 / 159)
+    assert settings.label_smoothing_of(2) == 0.03
+    chosen = Settings(learning_rate=0.5, label_smoothing=0.25)
+    assert (chosen.learning_rate_of(10**9), chosen.label_smoothing_of(10**6)) == (0.5, 0.25)
 
 
 @pytest.mark.parametrize("loss", [name for name, loss in LOSSES.items() if not loss.head_loss])

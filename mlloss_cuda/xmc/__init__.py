@@ -9,7 +9,7 @@ From Python:
     from mlloss_cuda.xmc import Settings, fit, read_pair
 
     train, test = read_pair("bibtex_train.txt", "bibtex_test.txt")
-    classifier = fit(train, Settings(loss="zlpr"))
+    classifier = fit(train, Settings(epochs=10))
     print(classifier.evaluate(test)["P@1"])
 """
 

@@ -63,7 +63,7 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
         validation_fraction: in (0, 1); the share of the rows that tells when to stop, and is not
             trained on, where there is `patience`. Without, all rows are trained on.
         threshold: in (0, 1); `predict` takes the labels whose sigmoid(logit) is larger. At 0.5
-            these are the labels with positive logits, which is what ZLPR, the default loss, is
+            these are the labels with positive logits, which is what ZLPR is
             made for. May be changed after `fit`. It has no effect on classes.
         random_state: an integer is the seed; a RandomState, or for None NumPy's own, draws one.
         verbose: whether to show a progress bar on stderr.

@@ -279,12 +279,13 @@ def _epoch_table(report: Report) -> str:
     epochs = report["epochs"]
     scores = [name for name in epochs[0] if SCORE.fullmatch(name)]
     several = any(epoch["member"] != 1 for epoch in epochs)
-    header = [*(["model"] if several else []), "epoch", "loss", "seconds", *scores]
+    header = [*(["model"] if several else []), "epoch", "loss", "learning rate", "seconds", *scores]
     rows = [
         [
             *([str(epoch["member"])] if several else []),
             str(epoch["epoch"]),
             f"{epoch['loss']:.4f}" if _is_number(epoch["loss"]) else NOTHING,
+            f"{epoch['learning_rate']:.2g}" if epoch.get("learning_rate") is not None else NOTHING,
             f"{epoch['seconds']:.2f}",
             *(_score(epoch.get(name)) for name in scores),
         ]

@@ -108,6 +108,7 @@ def _details(classifier: Classifier) -> dict[str, Any]:
                 "member": epoch.member,
                 "epoch": epoch.epoch,
                 "loss": epoch.loss,
+                "learning_rate": epoch.learning_rate,  # of its last step
                 "seconds": round(epoch.seconds, 3),
                 **({} if epoch.scores is None else without_nan(epoch.scores)),
             }

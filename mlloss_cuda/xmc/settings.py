@@ -25,11 +25,11 @@ WEIGHT_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 class Settings:
     """What decides the result of a training run, besides the data.
 
-    The defaults were chosen on rows held out of the training files (`--validation`), and serve
-    both losses and data sets from a dozen to tens of thousands of labels.
+    The defaults were chosen on rows held out of training files (`--validation`), with 159, 983 and
+    18,317 labels.
     """
 
-    loss: str = "zlpr"
+    loss: str = "sigmoid"
     epochs: int = 12
     seed: int = 0
     hidden: int = 1024
