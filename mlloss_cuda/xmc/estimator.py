@@ -216,8 +216,8 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
 
         * Of the labels of an indicator: sigmoid(logit). That is a probability for
           `loss="sigmoid"`, apart from label smoothing. With ZLPR it is above 0.5 on the same side
-          as the logit is above 0, no more; focal and asymmetric loss distort it; with ranking and
-          softmax it means nothing.
+          as the logit is above 0, no more; focal and asymmetric loss distort it; with any other it
+          means nothing.
         * Of classes, they sum to 1: the softmax of the logits for softmax and ranking, and for
           other losses the sigmoids divided by their sum. That is a probability for `"softmax"`,
           `"ranking"` and `"sigmoid"`, and for `"zlpr"` where there are two classes.

@@ -11,13 +11,16 @@ from mlloss_cuda import (
     SparseLabels,
     asymmetric_loss,
     class_balanced_weights,
+    dice_loss,
     inverse_frequency_weights,
     inverse_propensity,
     multilabel_categorical_crossentropy,
+    multilabel_margin_loss,
     multilabel_ranking_loss,
     multilabel_softmax_cross_entropy,
     sigmoid_cross_entropy,
     sigmoid_focal_loss,
+    tversky_loss,
 )
 
 
@@ -84,6 +87,11 @@ LOSSES = {
     "softmax": TrainingLoss(
         multilabel_softmax_cross_entropy, "mean", None, frozenset(), starts_at_log_odds=False
     ),
+    "margin": TrainingLoss(
+        multilabel_margin_loss, "mean", None, frozenset(), starts_at_log_odds=False
+    ),
+    "dice": TrainingLoss(dice_loss, "mean", None, frozenset(), starts_at_log_odds=True),
+    "tversky": TrainingLoss(tversky_loss, "mean", None, frozenset(), starts_at_log_odds=True),
 }
 
 # What the positives of each label count, by name: from the number of training rows that have each
