@@ -199,6 +199,12 @@ MALFORMED = {
     "second header": ("1 5 3\n1 5 3\n0 0:1\n", 2, "found a second header"),
     "too few rows": ("3 5 3\n0 0:1\n1 0:1\n", 4, "expected 3 rows as the header says, found 2"),
     "too many rows": ("1 5 3\n0 0:1\n1 0:1\n", 3, "expected 1 rows as the header says, found 2"),
+    # The last line, without an end, is a block of its own.
+    "too many rows, then an empty one": (
+        "1 5 3\n0 0:1\n1 0:1\n\n2 0:1",
+        3,
+        "expected 1 rows as the header says, found 4",
+    ),
     "far too many rows": (
         "1 5 3\n" + "0 0:1\n" * 99 + "x\n",
         3,

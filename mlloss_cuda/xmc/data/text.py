@@ -207,8 +207,8 @@ class _Reader:
         counts = Counts()
         for block in self._bodies():
             counts += block.counts
+            counts.line_ends += block.empty_before
             if not self._has_labels:
-                counts.line_ends += block.empty_before
                 self._check_rows(counts.line_ends, may_be_fewer=True)
         header = self._header
         if not self._has_labels:
@@ -301,6 +301,8 @@ class _Reader:
             )
 
     def _parse(self, block: Block, form: RowFormat, rows: RowArrays) -> None:
+        if self._has_labels and self._header is not None and rows.filled[0] > self._header[0]:
+            self._check_rows(self._num_rows)  # whatever is in the lines after one too many
         if block.empty_before:
             if self._has_labels:
                 self._explain([b""], block.line - block.empty_before, form)
