@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import describe_machine
+from report import save_figures
 
 from mlloss_cuda import SparseLabels
 from mlloss_cuda.metrics import PrecisionAtK
@@ -167,11 +166,7 @@ def main() -> None:
             print(f"{name:12}{what:22}{line}{seconds:10.1f}", flush=True)
             results.append({"data": name, "contestant": what, "runs": runs})
     if given.output:
-        machine = describe_machine("cpu")
-        machine["command"] = " ".join(["python", "bench/accuracy.py", *sys.argv[1:]])
-        given.output.write_text(
-            json.dumps({"machine": machine, "results": results}, indent=1) + "\n"
-        )
+        save_figures(given.output, Path(__file__).name, results)
 
 
 if __name__ == "__main__":

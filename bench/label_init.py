@@ -11,7 +11,6 @@ taken to the norm that random rows have. Computing them is part of the seconds o
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from report import describe_machine
+from report import save_figures
 
 from mlloss_cuda import ExtremeLinear, SparseLabels
 from mlloss_cuda.labels import Cooccurrence, init_from_label_embedding, ppmi_embeddings
@@ -147,11 +146,7 @@ def main() -> None:
                 print(f"{name:12}{epochs:7}  {init:8}{line}{seconds:10.1f}", flush=True)
                 results.append({"data": name, "epochs": epochs, "init": init, "runs": own})
     if given.output:
-        machine = describe_machine("cpu")
-        machine["command"] = " ".join(["python", "bench/label_init.py", *sys.argv[1:]])
-        given.output.write_text(
-            json.dumps({"machine": machine, "results": results}, indent=1) + "\n"
-        )
+        save_figures(given.output, Path(__file__).name, results)
 
 
 if __name__ == "__main__":

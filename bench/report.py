@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import os
 import platform
 import shlex
@@ -366,6 +367,13 @@ def _memory_check(title: str, case_result: CaseResult) -> Check:
 
 
 # --- where this ran -------------------------------------------------------------------------------
+
+
+def save_figures(path: Path, script: str, results: list[dict[str, Any]]) -> None:
+    """Write what a script measured on the CPU, with the machine and the command, as JSON."""
+    machine = describe_machine("cpu")
+    machine["command"] = " ".join(["python", f"bench/{script}", *sys.argv[1:]])
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
 def describe_machine(device: str) -> dict[str, Any]:

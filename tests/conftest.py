@@ -166,3 +166,12 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
 def native() -> None:
     """Skip without the native library."""
     require_native()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """More threads only wait for each other on data that is small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +30,13 @@ from mlloss_cuda.xmc import trainer as trainer_module
 from mlloss_cuda.xmc.losses import LABEL_WEIGHTS, LOSSES
 from mlloss_cuda.xmc.trainer import _learning_rate_factor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = GeneratorSettings(
     train_rows=600, test_rows=200, num_features=300, num_labels=80, labels_per_row=2.0
 )
 QUICK = Settings(epochs=2, hidden=16, batch_size=64)
 STEPS_OF_EPOCH = math.ceil(SIZES.train_rows / QUICK.batch_size)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """More threads only wait for each other on data this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -25,17 +25,11 @@ from mlloss_cuda.xmc.html_report import (
 )
 from mlloss_cuda.xmc.report import label_frequency, make_report, write_report
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = GeneratorSettings(train_rows=300, test_rows=100, num_features=200, num_labels=50)
 QUICK = Settings(loss="sigmoid", epochs=3, hidden=16, batch_size=64)
 NASTY = '<b>&"x.txt'
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -32,19 +32,12 @@ from mlloss_cuda.xmc.data import csr
 from mlloss_cuda.xmc.losses import LOSSES
 from mlloss_cuda.xmc.model import JoinedEncoder, joined, make_encoder
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = GeneratorSettings(
     train_rows=600, test_rows=200, num_features=300, num_labels=80, labels_per_row=2.0
 )
 QUICK = Settings(epochs=4, hidden=32, batch_size=64)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """More threads only wait for each other on data this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -76,9 +76,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="keep what was parsed here, and map it into memory the next time",
     )
-    train.add_argument(
-        "--loss", choices=tuple(LOSSES), default=Settings.loss, help=f"which loss{DEFAULT}"
-    )
+    _add_setting(train, "--loss", "which loss", tuple(LOSSES))
     train.add_argument(
         "--label-smoothing",
         type=float,
@@ -89,10 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--ensemble", "models to train, whose logits are averaged"),
         ("--warmup", "share of the steps, in which the learning rate rises"),
     ):
-        default = getattr(Settings, flag[2:].replace("-", "_"))
-        train.add_argument(
-            flag, type=type(default), default=default, metavar="VALUE", help=meaning + DEFAULT
-        )
+        _add_setting(train, flag, meaning)
     for flag, choices, meaning in (
         (
             "--label-weights",
@@ -102,12 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--schedule", SCHEDULES, "how the learning rate falls"),
         ("--precision", tuple(PRECISIONS), "of matrix products in training, fp16 on a GPU only"),
     ):
-        train.add_argument(
-            flag,
-            choices=choices,
-            default=getattr(Settings, flag[2:].replace("-", "_")),
-            help=meaning + DEFAULT,
-        )
+        _add_setting(train, flag, meaning, choices)
     train.add_argument(
         "--patience",
         type=int,
@@ -118,12 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="write learning curves for TensorBoard here"
     )
-    train.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="write scores etc. as JSON, or as a page where the name ends with .html",
-    )
+    _add_report(train)
     train.add_argument(
         "--model", type=Path, metavar="FILE", help="write the trained model here (safetensors)"
     )
@@ -152,12 +137,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--optimizer", tuple(RULES), "its optimizer"),
         ("--rounding", tuple(ROUNDINGS), "how weights of 16 bits take steps"),
     ):
-        train.add_argument(
-            flag,
-            choices=choices,
-            default=getattr(Settings, flag[2:].replace("-", "_")),
-            help=f"with --head extreme, {meaning}{DEFAULT}",
-        )
+        _add_setting(train, flag, f"with --head extreme, {meaning}", choices)
     train.add_argument(
         "--head-lr",
         dest="head_learning_rate",
@@ -182,12 +162,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--filter", type=Path, metavar="FILE", help="pairs 'row label' that do not count"
     )
     evaluate.add_argument("--cache", type=Path, metavar="DIR", help="see train")
-    evaluate.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE",
-        help="write scores as JSON, or as a page where the name ends with .html",
-    )
+    _add_report(evaluate)
     predict = commands.add_parser(
         "predict",
         help="write the best labels of each row of a data file",
@@ -264,16 +239,13 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for flag, meaning in (
         ("--epochs", "passes over the training rows"),
         ("--seed", "of everything random"),
-        ("--hidden", "units of the hidden layer"),
+        ("--hidden", "units of each hidden layer"),
         ("--batch-size", "rows per step"),
         ("--dropout", "share of hidden units dropped"),
         ("--feature-dropout", "share of feature entries dropped"),
         ("--device", "cpu, cuda, cuda:1, ..."),
     ):
-        default = getattr(Settings, flag[2:].replace("-", "_"))
-        parser.add_argument(
-            flag, type=type(default), default=default, metavar="VALUE", help=meaning + DEFAULT
-        )
+        _add_setting(parser, flag, meaning)
     parser.add_argument(
         "--lr",
         dest="learning_rate",
@@ -282,12 +254,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="largest learning rate of the schedule "
         f"(default: {STEP_FACTOR} / sqrt(steps), at most {LARGEST_LEARNING_RATE})",
     )
-    parser.add_argument(
-        "--features",
-        choices=TREATMENTS,
-        default=Settings.features,
-        help=f"treatment of features{DEFAULT}",
-    )
+    _add_setting(parser, "--features", "treatment of features", TREATMENTS)
     parser.add_argument(
         "--threads",
         type=int,
@@ -299,4 +266,31 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="no progress bar",
+    )
+
+
+def _add_setting(
+    parser: argparse.ArgumentParser,
+    flag: str,
+    meaning: str,
+    choices: tuple[str, ...] | None = None,
+) -> None:
+    """A field of `Settings` whose default tells its type."""
+    default = getattr(Settings, flag[2:].replace("-", "_"))
+    parser.add_argument(
+        flag,
+        type=type(default),
+        default=default,
+        choices=choices,
+        metavar=None if choices else "VALUE",
+        help=meaning + DEFAULT,
+    )
+
+
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE",
+        help="write scores as JSON, or as a page where the name ends with .html",
     )
