@@ -38,6 +38,7 @@ from .modules import (
     ZLPRLoss,
 )
 from .sampling import sampled_linear_loss
+from .sharding import LabelShard
 from .targets import PackedLabels, SparseLabels, debug_checks
 from .topk import merge_top_labels, top_labels
 from .weights import (
@@ -55,6 +56,7 @@ __all__ = [
     "DiceLoss",
     "ExtremeLinear",
     "LSEPLoss",
+    "LabelShard",
     "MultilabelCategoricalCrossentropy",
     "MultilabelMarginLoss",
     "MultilabelRankingLoss",

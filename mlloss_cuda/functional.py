@@ -10,6 +10,8 @@ from torch import Tensor
 from . import arguments, inplace, ops, plain, reference, targets
 from .inplace import Overwriting
 from .plain import is_one, is_zero
+from .ranks import Ranks
+from .sharding import Group, is_spread, over_shards, ranks_of
 from .targets import Labels, LabelsLike, normalize_mask, normalize_target
 
 
@@ -24,6 +26,7 @@ def sigmoid_cross_entropy(
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
     inplace_backward: bool = False,
     grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
@@ -62,6 +65,11 @@ def sigmoid_cross_entropy(
             number of rows). A zero denominator gives loss 0 and gradient 0.
         normalizer: number or 0-d tensor, a denominator instead of the one of ``reduction``
             (which must be left at ``'mean'`` or ``'sum'``).
+        process_group: where the labels are spread over ranks of ``torch.distributed``, and input has
+            those of this rank: their ``ProcessGroup``, or a :class:`LabelShard`. The loss is that
+            of all labels, on every rank, and the gradient this rank's part. Rows are the same on
+            all ranks. Sparse targets and masks hold the ids of all labels, everything else has
+            the columns of input. None for a ``DTensor``, which knows its ranks.
         inplace_backward: whether the forward pass shall compute the gradient as well and write it
             over ``input``, which saves the memory of a gradient and one reading of everything. For
             logits that nobody needs afterwards: they must be computed (no leaf), viewable as
@@ -101,12 +109,25 @@ def sigmoid_cross_entropy(
     if (
         inplace_backward is False
         and is_one(grad_scale)
-        and mask is weight is pos_weight is ignore_index is normalizer is None
+        and mask is weight is pos_weight is ignore_index is normalizer is process_group is None
         and is_zero(label_smoothing)
     ):
         short = plain.sigmoid_cross_entropy(input, target, reduction)
         if short is not None:
             return short
+    if is_spread(input, process_group):
+        return over_shards(
+            *(sigmoid_cross_entropy, input, target, process_group),
+            mask=mask,
+            weight=weight,
+            pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
+        )
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -118,7 +139,7 @@ def sigmoid_cross_entropy(
     overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = _backend(native, overwriting).sigmoid_cross_entropy(
+    loss = _backend(native, overwriting, ranks_of(process_group)).sigmoid_cross_entropy(
         logits,
         target_labels,
         mask_labels,
@@ -144,6 +165,7 @@ def binary_cross_entropy(  # noqa: D417 (documented once, where the docstring sa
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
     inplace_backward: bool = False,
     grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
@@ -177,12 +199,35 @@ def binary_cross_entropy(  # noqa: D417 (documented once, where the docstring sa
     if (
         inplace_backward is False
         and is_one(grad_scale)
-        and (mask is weight is pos_weight is eps is ignore_index is normalizer is None)
+        and (
+            mask
+            is weight
+            is pos_weight
+            is eps
+            is ignore_index
+            is normalizer
+            is process_group
+            is None
+        )
         and is_zero(label_smoothing)
     ):
         short = plain.binary_cross_entropy(probs, target, reduction, 0.0)
         if short is not None:
             return short
+    if is_spread(probs, process_group):
+        return over_shards(
+            *(binary_cross_entropy, probs, target, process_group),
+            eps=eps,
+            mask=mask,
+            weight=weight,
+            pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
+        )
     arguments.check_input(probs, "probs", "probabilities")
     target_labels = normalize_target(target, probs, ignore_index)
     mask_labels = normalize_mask(mask, probs)
@@ -196,7 +241,7 @@ def binary_cross_entropy(  # noqa: D417 (documented once, where the docstring sa
     rows = arguments.as_rows(probs)
     native = _is_native(rows, target_labels, mask_labels, ignore_index)
     arguments.check_probabilities(rows, target_labels, mask_labels, ignore_index, "probs")
-    loss = _backend(native, overwriting).binary_cross_entropy(
+    loss = _backend(native, overwriting, ranks_of(process_group)).binary_cross_entropy(
         rows,
         target_labels,
         mask_labels,
@@ -224,6 +269,7 @@ def sigmoid_focal_loss(  # noqa: D417 (documented once, where the docstring says
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
     inplace_backward: bool = False,
     grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
@@ -257,7 +303,7 @@ def sigmoid_focal_loss(  # noqa: D417 (documented once, where the docstring says
     0.300503
     """
     if (
-        mask is weight is pos_weight is ignore_index is normalizer is None
+        mask is weight is pos_weight is ignore_index is normalizer is process_group is None
         and is_zero(label_smoothing)
         and inplace_backward is False
         and is_one(grad_scale)
@@ -268,6 +314,21 @@ def sigmoid_focal_loss(  # noqa: D417 (documented once, where the docstring says
         short = plain.sigmoid_focal_loss(input, target, reduction, alpha, 1.0 - alpha, gamma)
         if short is not None:
             return short
+    if is_spread(input, process_group):
+        return over_shards(
+            *(sigmoid_focal_loss, input, target, process_group),
+            alpha=alpha,
+            gamma=gamma,
+            mask=mask,
+            weight=weight,
+            pos_weight=pos_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
+        )
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -281,7 +342,7 @@ def sigmoid_focal_loss(  # noqa: D417 (documented once, where the docstring says
     overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = _backend(native, overwriting).sigmoid_focal_loss(
+    loss = _backend(native, overwriting, ranks_of(process_group)).sigmoid_focal_loss(
         logits,
         target_labels,
         mask_labels,
@@ -311,6 +372,7 @@ def asymmetric_loss(  # noqa: D417 (documented once, where the docstring says)
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
     inplace_backward: bool = False,
     grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
@@ -344,7 +406,7 @@ def asymmetric_loss(  # noqa: D417 (documented once, where the docstring says)
     tensor([[0.0151, 0.0000, 0.0913]])
     """
     if (
-        mask is weight is ignore_index is normalizer is None
+        mask is weight is ignore_index is normalizer is process_group is None
         and is_zero(label_smoothing)
         and inplace_backward is False
         and is_one(grad_scale)
@@ -357,6 +419,22 @@ def asymmetric_loss(  # noqa: D417 (documented once, where the docstring says)
         short = plain.asymmetric_loss(input, target, reduction, gamma_neg, gamma_pos, clip, 0.0)
         if short is not None:
             return short
+    if is_spread(input, process_group):
+        return over_shards(
+            *(asymmetric_loss, input, target, process_group),
+            gamma_neg=gamma_neg,
+            gamma_pos=gamma_pos,
+            clip=clip,
+            detach_focal=detach_focal,
+            mask=mask,
+            weight=weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
+        )
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -371,7 +449,7 @@ def asymmetric_loss(  # noqa: D417 (documented once, where the docstring says)
     overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = _backend(native, overwriting).asymmetric_loss(
+    loss = _backend(native, overwriting, ranks_of(process_group)).asymmetric_loss(
         logits,
         target_labels,
         mask_labels,
@@ -398,6 +476,7 @@ def multilabel_categorical_crossentropy(
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
     inplace_backward: bool = False,
     grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
@@ -423,6 +502,7 @@ def multilabel_categorical_crossentropy(
         normalizer: as in :func:`sigmoid_cross_entropy`.
         inplace_backward: as in :func:`sigmoid_cross_entropy`.
         grad_scale: as in :func:`sigmoid_cross_entropy`; also of the threshold's gradient.
+        process_group: as in :func:`sigmoid_cross_entropy`.
 
     Returns:
         The loss, fp32 (fp64 for fp64 input): 0-d, or shape ``[...]`` for ``'none'``.
@@ -439,12 +519,24 @@ def multilabel_categorical_crossentropy(
     if (
         inplace_backward is False
         and is_one(grad_scale)
-        and mask is weight is ignore_index is normalizer is None
+        and mask is weight is ignore_index is normalizer is process_group is None
         and is_zero(threshold)
     ):
         short = plain.multilabel_categorical_crossentropy(input, target, reduction)
         if short is not None:
             return short
+    if is_spread(input, process_group):
+        return over_shards(
+            *(multilabel_categorical_crossentropy, input, target, process_group),
+            threshold=threshold,
+            mask=mask,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
+        )
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -455,7 +547,9 @@ def multilabel_categorical_crossentropy(
     overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = _backend(native, overwriting).multilabel_categorical_crossentropy(
+    loss = _backend(
+        native, overwriting, ranks_of(process_group)
+    ).multilabel_categorical_crossentropy(
         logits,
         target_labels,
         mask_labels,
@@ -480,6 +574,7 @@ def multilabel_ranking_loss(  # noqa: D417 (documented once, where the docstring
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
     inplace_backward: bool = False,
     grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
@@ -512,11 +607,22 @@ def multilabel_ranking_loss(  # noqa: D417 (documented once, where the docstring
     if (
         inplace_backward is False
         and is_one(grad_scale)
-        and mask is weight is ignore_index is normalizer is None
+        and mask is weight is ignore_index is normalizer is process_group is None
     ):
         short = plain.multilabel_ranking_loss(input, target, reduction)
         if short is not None:
             return short
+    if is_spread(input, process_group):
+        return over_shards(
+            *(multilabel_ranking_loss, input, target, process_group),
+            mask=mask,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+            inplace_backward=inplace_backward,
+            grad_scale=grad_scale,
+        )
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -526,7 +632,7 @@ def multilabel_ranking_loss(  # noqa: D417 (documented once, where the docstring
     overwriting = arguments.overwriting(inplace_backward, grad_scale, reduction, input)
     logits = arguments.as_rows(input)
     native = _is_native(logits, target_labels, mask_labels, ignore_index)
-    loss = _backend(native, overwriting).multilabel_ranking_loss(
+    loss = _backend(native, overwriting, ranks_of(process_group)).multilabel_ranking_loss(
         logits,
         target_labels,
         mask_labels,
@@ -553,6 +659,7 @@ def multilabel_softmax_cross_entropy(  # noqa: D417 (documented once, where the 
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
 ) -> Tensor:
     r"""Softmax cross-entropy against several labels, optionally with a loss of their number.
 
@@ -592,6 +699,18 @@ def multilabel_softmax_cross_entropy(  # noqa: D417 (documented once, where the 
     >>> round(mlloss_cuda.multilabel_softmax_cross_entropy(logits, labels).item(), 6)
     0.849012
     """
+    if is_spread(input, process_group):
+        return over_shards(
+            *(multilabel_softmax_cross_entropy, input, target, process_group),
+            normalize_target=normalize_target,
+            partition=partition,
+            partition_weight=partition_weight,
+            mask=mask,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
     arguments.check_input(input)
     target_labels = targets.normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -614,6 +733,7 @@ def multilabel_softmax_cross_entropy(  # noqa: D417 (documented once, where the 
         ignore_index=ignore_index,
         normalizer=normalizer,
         reduction=reduction,
+        ranks=ranks_of(process_group),
     )
     return loss.view(input.shape[:-1]) if reduction == "none" else loss
 
@@ -628,6 +748,7 @@ def multilabel_margin_loss(  # noqa: D417 (documented once, where the docstring 
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
 ) -> Tensor:
     r"""Hinge loss of all pairs: every positive above every negative by a margin.
 
@@ -657,6 +778,16 @@ def multilabel_margin_loss(  # noqa: D417 (documented once, where the docstring 
     >>> round(mlloss_cuda.multilabel_margin_loss(logits, labels).item(), 6)
     0.166667
     """
+    if is_spread(input, process_group):
+        return over_shards(
+            *(multilabel_margin_loss, input, target, process_group),
+            margin=margin,
+            mask=mask,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -676,6 +807,7 @@ def multilabel_margin_loss(  # noqa: D417 (documented once, where the docstring 
         ignore_index=ignore_index,
         normalizer=normalizer,
         reduction=reduction,
+        ranks=ranks_of(process_group),
     )
     return loss.view(input.shape[:-1]) if reduction == "none" else loss
 
@@ -694,6 +826,7 @@ def tversky_loss(
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
 ) -> Tensor:
     r"""Tversky loss: one minus the overlap of prediction and target, with two kinds of errors.
 
@@ -724,6 +857,7 @@ def tversky_loss(
             ``'mean_nonzero'`` (S / number of nonzero weights), ``'weighted_mean'`` (S / sum of
             weights).
         normalizer: as in :func:`sigmoid_cross_entropy`.
+        process_group: as in :func:`sigmoid_cross_entropy`.
 
     Returns:
         The loss, fp32 (fp64 for fp64 input).
@@ -737,6 +871,20 @@ def tversky_loss(
     >>> mlloss_cuda.tversky_loss(logits, labels, alpha=0.3, beta=0.7, reduction="none")
     tensor([0.1794, 0.3253])
     """
+    if is_spread(input, process_group):
+        return over_shards(
+            *(tversky_loss, input, target, process_group),
+            from_logits=from_logits,
+            axis=axis,
+            smooth=smooth,
+            alpha=alpha,
+            beta=beta,
+            mask=mask,
+            weight=weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            normalizer=normalizer,
+        )
     arguments.check_input(input)
     target_labels = normalize_target(target, input, ignore_index)
     mask_labels = normalize_mask(mask, input)
@@ -765,6 +913,7 @@ def tversky_loss(
         ignore_index=ignore_index,
         normalizer=normalizer,
         reduction=reduction,
+        ranks=ranks_of(process_group),
     )
     if reduction != "none" or axis == "classes":
         return loss
@@ -783,6 +932,7 @@ def dice_loss(  # noqa: D417 (documented once, where the docstring says)
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: Group = None,
 ) -> Tensor:
     r"""Dice loss: one minus the overlap of prediction and target.
 
@@ -816,14 +966,21 @@ def dice_loss(  # noqa: D417 (documented once, where the docstring says)
         ignore_index=ignore_index,
         reduction=reduction,
         normalizer=normalizer,
+        process_group=process_group,
     )
 
 
-def _backend(native: bool, overwriting: Overwriting | None) -> Any:
+def _backend(native: bool, overwriting: Overwriting | None, ranks: Ranks) -> Any:
     """Return what holds the functions that compute: a module, or an object in its place."""
+    if not ranks.alone and native:
+        return ops.over_ranks(ranks, overwriting)
+    if not ranks.alone and overwriting is None:
+        return reference.OverRanks(ranks)
     if overwriting is None:
         return ops if native else reference
-    return ops.over_input(overwriting.grad_scale) if native else inplace.Reference(overwriting)
+    return (
+        ops.over_input(overwriting.grad_scale) if native else inplace.Reference(overwriting, ranks)
+    )
 
 
 def _is_native(

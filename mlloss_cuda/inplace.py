@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import reference
+from .ranks import Ranks
 from .targets import Labels, contents_may_be_checked
 
 
@@ -171,8 +172,8 @@ def apart_from(input: Tensor, values: tuple[Any, ...]) -> tuple[Any, ...]:
 class Reference:
     """The functions of ``reference.py``, with their gradient written over the logits."""
 
-    def __init__(self, overwriting: Overwriting) -> None:
-        self._grad_scale = overwriting.grad_scale
+    def __init__(self, overwriting: Overwriting, ranks: Ranks) -> None:
+        self._grad_scale, self._ranks = overwriting.grad_scale, ranks
 
     def __getattr__(self, name: str) -> Callable[..., Tensor]:
         def call(
@@ -194,6 +195,7 @@ class Reference:
                 value, grad_threshold = overwrite(
                     *(name, rows, target, mask, self._grad_scale),
                     threshold=threshold,
+                    ranks=self._ranks,
                     **options,
                 )
                 loss.copy_(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .targets import (
     PACKED,
@@ -11,6 +12,7 @@ from .targets import (
     SparseLabels,
     check_indices,
     contents_may_be_checked,
+    require_indices,
     row_of_entry,
 )
 
@@ -18,6 +20,49 @@ from .targets import (
 def part_width(wanted: int, num_labels: int) -> int:
     """Round a number of labels up to one at whose multiples every format can be cut."""
     return max(min(-(-wanted // WORD_BITS) * WORD_BITS, num_labels), 1)
+
+
+def columns_of(
+    labels: SparseLabels, begin: Tensor | int, width: int, num_labels: Tensor | int, name: str
+) -> SparseLabels:
+    """Return the entries of the labels [begin, begin + width), whose ids then begin at 0.
+
+    Needs no synchronisation: `begin` and `num_labels` may be on a GPU.
+
+    Args:
+        labels: ids of `num_labels` labels; of the dtypes that the losses take.
+        begin: first label.
+        width: number of labels.
+        num_labels: of all labels.
+        name: that of the argument.
+
+    Raises:
+        ValueError: label ids out of range, where they may be looked at. Elsewhere they are out of
+            range in what is returned, too.
+    """
+    indices, offsets, values, _ = labels
+    entries = indices.shape[0]
+    if contents_may_be_checked(indices):
+        require_indices(indices, offsets, int(num_labels), name)
+    local = indices - begin
+    outside = indices >= num_labels
+    kept = ((indices >= begin) & (local < width)) | outside
+    local = torch.where(outside, torch.iinfo(indices.dtype).max, local)
+    # How many are kept before each entry, and so the place that it gets; others share a last one.
+    before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
+    places = torch.where(kept, before[:-1], entries)
+    valid = (offsets[1:] >= offsets[:-1]).all() & (offsets[0] == 0) & (offsets[-1] == entries)
+    boundaries = torch.where(valid, before[offsets.long().clamp(0, entries)], -1).to(offsets.dtype)
+    count = int(before[-1]) if contents_may_be_checked(indices) else entries
+
+    def moved(own: Tensor, filler: float) -> Tensor:
+        return own.new_full((entries + 1,), filler).scatter_(0, places, own)[:count]
+
+    return labels._replace(
+        indices=moved(local, -1),
+        offsets=boundaries,
+        values=None if values is None else moved(values, 0),
+    )
 
 
 class LabelParts:

@@ -297,6 +297,7 @@ class ZlprSweep:
         for part, begin, end, logits in layer.logits():
             backend.zlpr_gradient_over(logits, *self._labels[part], ignore_index, statistics, grad)
             use(begin, end, logits)
+        assert rows.threshold_slopes is not None
         slopes = torch.where(grad_rows == 0, 0.0, grad_rows * rows.threshold_slopes)
         return loss.detach().to(dtype), slopes.to(dtype)
 

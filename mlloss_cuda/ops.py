@@ -24,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import build_information, inplace
+from . import build_information, inplace, reference
+from .ranks import Ranks, gathered
+from .row_sums import FINISH, combined
 from .targets import FLOATING_DTYPES, OBSERVED, PLAIN_TENSORS, SPARSE, Labels, check_indices
 
 # Values of the `reduction` arguments of the operators; csrc/problem.h has the same numbers.
@@ -111,6 +113,12 @@ def _single_number(like: Tensor, dtype: torch.dtype) -> Tensor:
     if like.is_cpu and type(like) in PLAIN_TENSORS:
         return torch.empty_like(single_number_like[dtype])
     return like.new_empty((), dtype=dtype)
+
+
+# What computes the results of a forward pass from logits and the other arguments.
+Forward = Callable[[Tensor, tuple[Any, ...]], tuple[Tensor, ...]]
+# What fills the results and writes the gradient over the logits, see `_Loss.overwrite`.
+Overwrite = Callable[[Tensor, tuple[Any, ...], Tensor | None, tuple[Tensor, ...]], Tensor | None]
 
 
 @dataclass(eq=False)
@@ -224,20 +232,28 @@ class _Loss:
         return grad_threshold
 
     def over_input(
-        self, input: Tensor, arguments: tuple[Any, ...], grad_scale: Tensor | None
+        self,
+        input: Tensor,
+        arguments: tuple[Any, ...],
+        grad_scale: Tensor | None,
+        overwrite: Overwrite | None = None,
     ) -> Tensor:
-        """Return the loss, and write grad_scale times its gradient over `input`."""
+        """Return the loss, and write grad_scale times its gradient over `input`.
+
+        `overwrite` is called in the place of :meth:`overwrite`.
+        """
         if torch._C._functorch.peek_interpreter_stack() is not None:
             raise self.no_transform()
         _check_listed(arguments, input.shape[1])
         arguments = inplace.apart_from(input, arguments)
         results = self.results(input, arguments[-1])
+        overwrite = self.overwrite if overwrite is None else overwrite
         return inplace.loss_over_input(
             self.name,
             input,
             arguments[_LABEL_ARGUMENTS] if self.has_threshold else None,
             results[0],
-            compute=lambda rows: self.overwrite(rows, arguments, grad_scale, results),
+            compute=lambda rows: overwrite(rows, arguments, grad_scale, results),
             rescale=_kernels_for(input).rescale_,
             grad_scale=grad_scale,
         )
@@ -262,9 +278,17 @@ class _Loss:
         return RuntimeError(f"mlloss_cuda.{self.name} has no forward-mode derivative")
 
     def __call__(
-        self, input: Tensor, arguments: tuple[Any, ...], *, differentiable: bool
+        self,
+        input: Tensor,
+        arguments: tuple[Any, ...],
+        *,
+        differentiable: bool,
+        forward: Forward | None = None,
     ) -> Tensor:
-        """Return the loss; `differentiable` says whether an argument requires grad."""
+        """Return the loss; `differentiable` says whether an argument requires grad.
+
+        `forward` is called in the place of :meth:`forward`.
+        """
         if torch.compiler.is_compiling():
             loss: Tensor = getattr(torch.ops.mlloss_cuda, self.name)(input, *arguments)[0]
             return loss
@@ -274,8 +298,8 @@ class _Loss:
             raise self.no_forward_mode()
         if differentiable and torch.is_grad_enabled():
             threshold = arguments[_LABEL_ARGUMENTS] if self.has_threshold else None
-            return _Differentiable.apply(self, input, threshold, arguments)
-        return self.forward(input, arguments)[0]
+            return _Differentiable.apply(self, input, threshold, arguments, forward)
+        return (self.forward if forward is None else forward)(input, arguments)[0]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -292,8 +316,9 @@ class _Differentiable(torch.autograd.Function):
         input: Tensor,
         threshold: Tensor | None,  # noqa: ARG004 (among the arguments)
         arguments: tuple[Any, ...],
+        forward: Forward | None,
     ) -> Tensor:
-        value, *rest = loss.forward(input, arguments)
+        value, *rest = (loss.forward if forward is None else forward)(input, arguments)
         ctx.loss = loss
         loss.save(ctx, (*reversed(rest), input, *arguments))
         return value
@@ -304,7 +329,7 @@ class _Differentiable(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise loss.no_second_derivative()
         gradients = loss.backward(grad_output, loss.saved(ctx))
-        return None, gradients[0], gradients[1] if loss.has_threshold else None, None
+        return None, gradients[0], gradients[1] if loss.has_threshold else None, None, None
 
 
 def _forward_mode_is_on() -> bool:
@@ -592,6 +617,119 @@ def over_input(grad_scale: Tensor | None) -> Running:
     return Running(lambda loss, input, arguments: loss.over_input(input, arguments, grad_scale))
 
 
+# ---- Logits of which other ranks have other labels, or other rows --------------------------------
+
+
+def over_ranks(ranks: Ranks, overwriting: inplace.Overwriting | None) -> Running:
+    """Return the functions above, as losses of what all ranks have."""
+
+    def run(loss: _Loss, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        of_ranks = _RowsOverRanks(loss, ranks) if loss.rowwise else _SumOverRanks(loss, ranks)
+        if overwriting is not None:
+            return loss.over_input(input, arguments, overwriting.grad_scale, of_ranks.overwrite)
+        threshold = arguments[_LABEL_ARGUMENTS] if loss.has_threshold else None
+        wanted = input.requires_grad or (threshold is not None and threshold.requires_grad)
+        return loss(input, arguments, differentiable=wanted, forward=of_ranks.forward)
+
+    return Running(run)
+
+
+class _SumOverRanks:
+    """A loss that is a sum over elements: ranks tell each other sum and denominator."""
+
+    def __init__(self, loss: _Loss, ranks: Ranks) -> None:
+        self._loss, self._ranks = loss, ranks
+
+    def forward(self, input: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """See `_Loss.forward`."""
+        value, scale = self._loss.forward(input, arguments)
+        code = arguments[-1]
+        if code == REDUCTION_CODES["none"]:
+            return value, scale
+        total = torch.where(scale == 0, 0.0, value.double() / scale)
+        if code in (REDUCTION_CODES["sum"], _NORMALIZER_CODE):
+            total = self._ranks.add(total, "elements")
+        else:
+            total, denominator = self._add(code, total, _reciprocal(scale))
+            scale = _reciprocal(denominator)
+        return (total * scale).to(value.dtype), scale
+
+    def overwrite(
+        self,
+        rows: Tensor,
+        arguments: tuple[Any, ...],
+        grad_scale: Tensor | None,
+        results: tuple[Tensor, ...],
+    ) -> None:
+        """See `_Loss.overwrite`. The gradient has to know what all ranks divide by."""
+        code = arguments[-1]
+        if code not in (REDUCTION_CODES["sum"], _NORMALIZER_CODE):
+            _, scale = self._loss.forward(rows, arguments)
+            _, denominator = self._add(code, torch.zeros_like(scale), _reciprocal(scale))
+            arguments = (*arguments[:-2], denominator, _NORMALIZER_CODE)
+        self._loss.overwrite(rows, arguments, grad_scale, results)
+        value = results[0]
+        value.copy_(self._ranks.add(value.double(), "elements"))
+
+    def _add(self, code: int, total: Tensor, denominator: Tensor) -> tuple[Tensor, Tensor]:
+        if code == REDUCTION_CODES["batchmean"]:  # every label shard has the same rows
+            return self._ranks.add(total, "elements"), self._ranks.add(denominator, "rows")
+        return self._ranks.add_each(total, denominator, "elements")
+
+
+class _RowsOverRanks:
+    """A loss of rows: ranks tell each other the two sums of each row."""
+
+    def __init__(self, loss: _Loss, ranks: Ranks) -> None:
+        self._loss, self._ranks = loss, ranks
+
+    def forward(self, input: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        """See `_Loss.forward`."""
+        _check_listed(arguments, input.shape[1])
+        labels, own = arguments[:_LABEL_ARGUMENTS], arguments[_LABEL_ARGUMENTS:]
+        *threshold, weight, normalizer, code = own
+        sums = combined(gathered(_sums_of_rows(input, labels), self._ranks.labels))
+        rows = FINISH[self._loss.name](sums, *threshold)
+        losses = rows.losses
+        if weight is not None:
+            losses = torch.where(weight == 0, 0.0, losses)
+        reduction = "mean" if code == _NORMALIZER_CODE else _REDUCTIONS[code]
+        value, scale = reference.reduced(
+            losses, None, weight, reduction, normalizer, self._ranks, "rows"
+        )
+        dtype = reference.compute_dtype(input)
+        return value.to(dtype), rows.statistics.to(dtype), scale
+
+    def overwrite(
+        self,
+        rows: Tensor,
+        arguments: tuple[Any, ...],
+        grad_scale: Tensor | None,
+        results: tuple[Tensor, ...],
+    ) -> Tensor | None:
+        """See `_Loss.overwrite`."""
+        value, statistics, scale = self.forward(rows, arguments)
+        results[0].copy_(value)
+        above = torch.ones_like(value)
+        if grad_scale is not None:
+            above.copy_(grad_scale)
+        gradients = [rows]
+        if self._loss.has_threshold:
+            gradients.append(value.new_empty(rows.shape[0]))
+        getattr(_kernels_for(rows), self._loss.backward_kernel)(
+            above, scale, statistics, rows, *arguments, *gradients
+        )
+        return gradients[1] if self._loss.has_threshold else None
+
+
+_REDUCTIONS = {code: reduction for reduction, code in REDUCTION_CODES.items()}
+
+
+def _reciprocal(number: Tensor) -> Tensor:
+    """1 / number; 0 of 0."""
+    return torch.where(number == 0, number, 1 / number)
+
+
 # ---- Logits of which there is a part at a time (linear.py): outside autograd ---------------------
 
 
@@ -612,8 +750,7 @@ def denominators() -> Running:
     """Return the functions above, with the denominator of their reduction as result, 0-d fp64."""
 
     def run(loss: _Loss, input: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        scale = loss.forward(input, arguments)[-1]
-        return torch.where(scale == 0, scale, 1 / scale)
+        return _reciprocal(loss.forward(input, arguments)[-1])
 
     return Running(run)
 
@@ -632,10 +769,13 @@ def row_sums(
     input: Tensor, target: Labels, mask: Labels | None, ignore_index: float | None
 ) -> Tensor:
     """Return the two sums of each row, as :func:`reference.row_sums` does."""
-    like = LOSSES["multilabel_ranking_loss"]
+    return _sums_of_rows(input, (*_flat(target, mask), ignore_index))
+
+
+def _sums_of_rows(input: Tensor, labels: tuple[Any, ...]) -> Tensor:
     reduction = REDUCTION_CODES["sum"]
-    loss, sums, scale = like.results(input, reduction)
-    arguments = (*_flat(target, mask), ignore_index, None, None, reduction)
+    loss, sums, scale = LOSSES["multilabel_ranking_loss"].results(input, reduction)
+    arguments = (*labels, None, None, reduction)
     _kernels_for(input).row_sums_out(input, *arguments, loss, sums, scale)
     return sums
 

@@ -11,12 +11,15 @@ that is 1, carries the derivatives, all of them.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .ranks import ALONE, Ranks
 from .targets import OBSERVED, PACKED, SPARSE, Labels, PackedLabels, SparseLabels, row_of_entry
 
 
@@ -182,20 +185,22 @@ def smoothed(y: Tensor, label_smoothing: float) -> Tensor:
     return y * (1 - label_smoothing) + label_smoothing / 2 if label_smoothing != 0 else y
 
 
-def log_sum_beside(own: Tensor, values: Tensor, factors: Tensor) -> Tensor:
+def log_sum_beside(own: Tensor, values: Tensor, factors: Tensor, ranks: Ranks) -> Tensor:
     """Return log(e^own + sum of factor e^value) - own per row, exact also where it is close to 0.
 
     Args:
         own: ``[N]``. What is subtracted is a constant to autograd: it cancels in the loss.
         values: ``[N, C]``.
         factors: ``[N, C]``, constants in [0, 1]; 0 leaves a value out.
+        ranks: those that have the values of other labels.
     """
     base = own.detach()
     values = torch.where(factors == 0, -math.inf, values - base[:, None])
     # Shifted by an exact maximum, so that gradients do not feel the rounding of the logarithm.
     largest = torch.cat([values.detach(), torch.zeros_like(base)[:, None]], dim=1).amax(dim=1)
+    largest = ranks.largest(largest)
     largest = torch.where(largest.isinf(), 0.0, largest)
-    others = (factors * (values - largest[:, None]).exp()).sum(dim=1)
+    others = ranks.add((factors * (values - largest[:, None]).exp()).sum(dim=1), "labels")
     # exp() - 1 is exact where it has to be, at largest = 0, and differentiates better than expm1.
     return largest + torch.log1p(others + ((own - base - largest).exp() - 1))
 
@@ -206,6 +211,8 @@ def reduce_loss(
     weight: Tensor | None,
     reduction: str,
     normalizer: Tensor | None,
+    ranks: Ranks = ALONE,
+    over: str = "rows",
 ) -> Tensor:
     """Weigh and reduce an unweighted `loss` that is finite where not `observed` or of weight 0.
 
@@ -215,34 +222,63 @@ def reduce_loss(
         weight: broadcast to the same shape, or None for one.
         reduction: see :func:`mlloss_cuda.sigmoid_cross_entropy`.
         normalizer: 0-d denominator that replaces the one of `reduction`.
+        ranks: those that have other losses.
+        over: what each of them has others of, see :meth:`Ranks.add`.
     """
+    return reduced(loss, observed, weight, reduction, normalizer, ranks, over)[0]
+
+
+def reduced(
+    loss: Tensor,
+    observed: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    normalizer: Tensor | None,
+    ranks: Ranks,
+    over: str,
+) -> tuple[Tensor, Tensor]:
+    """Return what :func:`reduce_loss` does, and its derivative by the weighed losses: 0-d fp64."""
+    one = torch.ones((), dtype=torch.float64, device=loss.device)
     if weight is not None:
         weight = valid_constant(weight, loss.dtype)
         if observed is not None:
             weight = torch.where(observed, weight, 0.0)
         loss = weight * loss
     if reduction == "none":
-        return loss
+        return loss, one
     # Sums in fp64, as the kernels do.
     total = loss.sum(dtype=torch.float64)
     if normalizer is not None:
         valid = (normalizer >= 0) & (normalizer < math.inf)
         denominator = torch.where(valid, normalizer.to(torch.float64), math.nan)
+        total = ranks.add(total, over)
     elif reduction == "sum":
-        return total.to(loss.dtype)
+        return ranks.add(total, over).to(loss.dtype), one
     elif reduction == "batchmean":
-        denominator = total.new_full((), loss.shape[0])
-    elif reduction == "mean" or weight is None:
-        count = total.new_full((), loss.numel()) if observed is None else observed.sum()
-        denominator = count.to(torch.float64)
-    elif reduction == "mean_nonzero":
-        denominator = (weight != 0).sum().to(torch.float64)
-    else:  # weighted_mean
-        denominator = weight.sum(dtype=torch.float64)
+        rows = total.new_full((), loss.shape[0])
+        denominator = ranks.add(rows, "rows" if over == "elements" else over)
+        total = ranks.add(total, over)
+    else:
+        total, denominator = ranks.add_each(total, counted(loss, observed, weight, reduction), over)
     # A zero denominator gives loss 0 with gradient 0; the inner select keeps NaN out of backward.
     empty = denominator == 0
-    mean = total / torch.where(empty, 1.0, denominator)
-    return torch.where(empty, 0.0, mean).to(loss.dtype)
+    denominator = torch.where(empty, 1.0, denominator)
+    mean = torch.where(empty, 0.0, total / denominator).to(loss.dtype)
+    return mean, torch.where(empty, 0.0, 1 / denominator)
+
+
+def counted(loss: Tensor, observed: Tensor | None, weight: Tensor | None, reduction: str) -> Tensor:
+    """Return what 'mean', 'mean_nonzero' or 'weighted_mean' divide by: 0-d fp64.
+
+    The arguments are those of :func:`reduce_loss`, but `weight` is 0 where not `observed`.
+    """
+    if reduction == "mean" or weight is None:
+        if observed is None:
+            return torch.full((), loss.numel(), dtype=torch.float64, device=loss.device)
+        return observed.sum().to(torch.float64)
+    if reduction == "mean_nonzero":
+        return (weight != 0).sum().to(torch.float64)
+    return weight.sum(dtype=torch.float64)
 
 
 def _reduce_elements(
@@ -251,6 +287,7 @@ def _reduce_elements(
     weight: Tensor | None,
     reduction: str,
     normalizer: Tensor | None,
+    ranks: Ranks,
 ) -> Tensor:
     """Reduce a pointwise loss, from which the elements that are not used are taken out first."""
     used = elements.observed
@@ -258,7 +295,7 @@ def _reduce_elements(
         used = weight != 0 if used is None else used & (weight != 0)
     if used is not None:
         loss = torch.where(used, loss, 0.0)
-    return reduce_loss(loss, elements.observed, weight, reduction, normalizer)
+    return reduce_loss(loss, elements.observed, weight, reduction, normalizer, ranks, "elements")
 
 
 # ---- Pointwise losses ----------------------------------------------------------------------------
@@ -275,6 +312,7 @@ def sigmoid_cross_entropy(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L = pos_weight y softplus(-x) + (1 - y) softplus(x), selected by the mask, then reduced."""
     elements = used_elements(input, target, mask, ignore_index, weight)
@@ -283,7 +321,7 @@ def sigmoid_cross_entropy(
     if pos_weight is not None:
         positive = valid_constant(pos_weight, x.dtype) * positive
     loss = mixed(positive, softplus(x), y)
-    return _reduce_elements(loss, elements, weight, reduction, normalizer)
+    return _reduce_elements(loss, elements, weight, reduction, normalizer, ranks)
 
 
 def _probability(p: Tensor) -> Tensor:
@@ -336,6 +374,7 @@ def binary_cross_entropy(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L = -pos_weight y log p - (1 - y) log(1 - p) of probabilities p = input."""
     elements = used_elements(input, target, mask, ignore_index, weight)
@@ -345,7 +384,7 @@ def binary_cross_entropy(
     if pos_weight is not None:
         log_p = valid_constant(pos_weight, p.dtype) * log_p
     loss = mixed(-log_p, -log_q, y)
-    return _reduce_elements(loss, elements, weight, reduction, normalizer)
+    return _reduce_elements(loss, elements, weight, reduction, normalizer, ranks)
 
 
 def sigmoid_focal_loss(
@@ -361,6 +400,7 @@ def sigmoid_focal_loss(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L = (alpha y + (1 - alpha) (1 - y)) m^gamma CE, m = y q + (1 - y) p; CE with pos_weight."""
     elements = used_elements(input, target, mask, ignore_index, weight)
@@ -378,7 +418,7 @@ def sigmoid_focal_loss(
         factor = (alpha * y + (1 - alpha) * (1 - y)) * factor
     # A factor of 0 wins against an infinite loss.
     loss = torch.where(factor == 0, 0.0, factor * mixed(positive, negative, y))
-    return _reduce_elements(loss, elements, weight, reduction, normalizer)
+    return _reduce_elements(loss, elements, weight, reduction, normalizer, ranks)
 
 
 def _above_clip(x: Tensor, p: Tensor, clip: float) -> Tensor:
@@ -406,6 +446,7 @@ def asymmetric_loss(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L = y q^gp softplus(-x) - (1 - y) pm^gn log(1 - pm), pm = max(p - clip, 0)."""
     elements = used_elements(input, target, mask, ignore_index, weight)
@@ -421,7 +462,7 @@ def asymmetric_loss(
     if detach_focal:
         positive_factor, negative_factor = positive_factor.detach(), negative_factor.detach()
     loss = mixed(positive_factor * softplus(-x), negative_factor * negative, y)
-    return _reduce_elements(loss, elements, weight, reduction, normalizer)
+    return _reduce_elements(loss, elements, weight, reduction, normalizer, ranks)
 
 
 # ---- Row-wise losses -----------------------------------------------------------------------------
@@ -449,6 +490,7 @@ def multilabel_categorical_crossentropy(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L = log(e^-s0 + sum y e^-x) + log(e^s0 + sum (1 - y) e^x), both sums over unmasked labels.
 
@@ -457,23 +499,24 @@ def multilabel_categorical_crossentropy(
     elements = used_elements(input, target, mask, ignore_index, _per_label(weight))
     positives, negatives = _sides(elements)
     x = elements.x
-    loss = log_sum_beside(-threshold, -x, positives) + log_sum_beside(threshold, x, negatives)
-    return reduce_loss(loss, None, weight, reduction, normalizer)
+    loss = log_sum_beside(-threshold, -x, positives, ranks)
+    loss = loss + log_sum_beside(threshold, x, negatives, ranks)
+    return reduce_loss(loss, None, weight, reduction, normalizer, ranks)
 
 
-def _scaled_sum(values: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+def _scaled_sum(values: Tensor, factors: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
     """Return M = max value and S with sum of factor e^value = e^M S, over factors above 0.
 
     M is a constant to autograd, -inf for an empty sum.
     """
     values = torch.where(factors == 0, -math.inf, values)
     padded = torch.nn.functional.pad(values.detach(), (0, 1), value=-math.inf)
-    largest = padded.amax(dim=1)
+    largest = ranks.largest(padded.amax(dim=1))
     shift = torch.where(largest.isinf(), 0.0, largest)[:, None]
     # An infinite value leaves the others behind.
     infinite = largest[:, None] == math.inf
     values = torch.where(infinite, torch.where(values == math.inf, 0.0, -math.inf), values)
-    return largest, (factors * (values - shift).exp()).sum(dim=1)
+    return largest, ranks.add((factors * (values - shift).exp()).sum(dim=1), "labels")
 
 
 # Up to this s, log(1 + e^s) is computed from e^s, above it from s.
@@ -489,12 +532,13 @@ def multilabel_ranking_loss(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L = log(1 + (sum y e^-x) (sum (1 - y) e^x)), both sums over unmasked labels."""
     elements = used_elements(input, target, mask, ignore_index, _per_label(weight))
     positives, negatives = _sides(elements)
-    a, positive_sum = _scaled_sum(-elements.x, positives)
-    b, negative_sum = _scaled_sum(elements.x, negatives)
+    a, positive_sum = _scaled_sum(-elements.x, positives, ranks)
+    b, negative_sum = _scaled_sum(elements.x, negatives, ranks)
     empty = (a == -math.inf) | (b == -math.inf)
     invalid = a.isnan() | b.isnan() | positive_sum.isnan() | negative_sum.isnan()
     a, b = torch.where(empty, 0.0, a), torch.where(empty, 0.0, b)
@@ -509,7 +553,7 @@ def multilabel_ranking_loss(
     loss = torch.where(exponent > _LARGE_EXPONENT, large, small)
     # Without positives or without negatives there is no pair; NaN on the other side still counts.
     loss = torch.where(empty, torch.where(invalid, math.nan, 0.0).to(loss.dtype), loss)
-    return reduce_loss(loss, None, weight, reduction, normalizer)
+    return reduce_loss(loss, None, weight, reduction, normalizer, ranks)
 
 
 # ---- Rows of which there is a part at a time -----------------------------------------------------
@@ -526,15 +570,11 @@ def denominator(
 ) -> Tensor:
     """Return what a pointwise loss is divided by in `reduction`: 0-d fp64."""
     _, _, observed = used_elements(input, target, mask, ignore_index)
-    if reduction == "mean" or weight is None:
-        counted = torch.ones_like(input, dtype=torch.bool) if observed is None else observed
-    else:
-        counted = valid_constant(weight, compute_dtype(input))
+    if weight is not None:
+        weight = valid_constant(weight, compute_dtype(input))
         if observed is not None:
-            counted = torch.where(observed, counted, 0.0)
-        if reduction == "mean_nonzero":
-            counted = counted != 0
-    return counted.sum(dtype=torch.float64)
+            weight = torch.where(observed, weight, 0.0)
+    return counted(input, observed, weight, reduction)
 
 
 def row_sums(
@@ -597,36 +637,40 @@ def multilabel_softmax_cross_entropy(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L = sum t (LSE(x) - x), t = y / sum y or y, plus a loss of the total Z = sum e^x.
 
     'poisson': Z - sum(y) log Z; 'mse': (Z - sum(y))^2.
     """
     elements = used_elements(input, target, mask, ignore_index, _per_label(weight))
-    x, y = elements.x, elements.y
-    num_labels = x.shape[1]
-    if num_labels == 0:
-        return reduce_loss(x.sum(dim=1), None, weight, reduction, normalizer)
-    if elements.observed is not None:
-        x = torch.where(elements.observed, x, -math.inf)
+    x, y, observed = elements
+    if observed is not None:
+        x = torch.where(observed, x, -math.inf)
     # Relative to the largest logit, which is left out of sums: nothing cancels, neither in
-    # LSE(x) - x = (largest - x) + log1p(others) nor in the gradient of a confident positive.
-    place = x.detach().argmax(dim=1, keepdim=True)
-    largest = x.gather(1, place)
+    # LSE(x) - x = (largest - x) + log1p(others) nor in the gradient of a confident positive. Its
+    # own derivatives are those of `rise`, which is 0; one rank has it.
+    own, is_largest = _largest_of_rows(x)
+    largest = ranks.largest(own)
+    is_largest = is_largest & ranks.owns(own)[:, None]
     empty = largest == -math.inf
     largest = torch.where(empty, 0.0, largest)
-    is_largest = torch.zeros_like(x, dtype=torch.bool).scatter(1, place, True)
-    below = torch.where(is_largest, -math.inf, x) - largest
-    others = below.exp().sum(dim=1, dtype=torch.float64)
-    total = y.sum(dim=1, dtype=torch.float64)
+    rise = torch.where(is_largest & ~x.isinf(), x - x.detach(), 0.0)
+    rise = rise.sum(dim=1, dtype=torch.float64)
+    below = torch.where(is_largest, -math.inf, x) - largest[:, None]
+    others = ranks.add(below.exp().sum(dim=1, dtype=torch.float64), "labels") * (-rise).exp()
+    own_total = y.sum(dim=1, dtype=torch.float64)
+    total = ranks.add(own_total, "labels")
     divisor = torch.where(total > 0, total, 1.0) if normalize_target else 1.0
     costs = torch.where(is_largest | (y == 0), 0.0, y * -below).sum(dim=1, dtype=torch.float64)
+    of_largest = torch.where(is_largest, y, 0.0).sum(dim=1, dtype=torch.float64)
+    costs = ranks.add(costs, "labels") + (total - of_largest) * rise
     log_others = others.log1p()
     loss = (costs + total * log_others) / divisor
     if partition is not None:
-        sum_of_exponentials = x.exp().sum(dim=1, dtype=torch.float64)
+        sum_of_exponentials = ranks.add(x.exp().sum(dim=1, dtype=torch.float64), "labels")
         if partition == "poisson":
-            logarithm = largest[:, 0].to(torch.float64) + log_others
+            logarithm = largest.to(torch.float64) + rise + log_others
             term = sum_of_exponentials - torch.where(total == 0, 0.0, total * logarithm)
             # The exponential outgrows its logarithm.
             term = torch.where(sum_of_exponentials.isinf(), sum_of_exponentials, term)
@@ -635,10 +679,20 @@ def multilabel_softmax_cross_entropy(
         loss = loss + partition_weight * term
     # Nothing but logits of -inf: no distribution gives a positive there.
     impossible = torch.where(total > 0, math.inf, 0.0)
-    if elements.observed is not None:
-        impossible = torch.where(elements.observed.any(dim=1), impossible, 0.0)
-    loss = torch.where(empty[:, 0], impossible, loss).to(x.dtype)
-    return reduce_loss(loss, None, weight, reduction, normalizer)
+    if observed is not None:
+        some = ranks.add(observed.any(dim=1).to(torch.float64), "labels") > 0
+        impossible = torch.where(some, impossible, 0.0)
+    loss = torch.where(empty, impossible, loss).to(x.dtype)
+    return reduce_loss(loss, None, weight, reduction, normalizer, ranks)
+
+
+def _largest_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each row ``[N]``, -inf without labels, and where it is ``[N, C]``."""
+    is_largest = torch.zeros_like(x, dtype=torch.bool)
+    if x.shape[1] == 0:
+        return torch.full_like(x.sum(dim=1), -math.inf).detach(), is_largest
+    largest, place = x.detach().max(dim=1, keepdim=True)
+    return largest[:, 0], is_largest.scatter(1, place, True)
 
 
 def multilabel_margin_loss(
@@ -651,6 +705,7 @@ def multilabel_margin_loss(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L = 1/C sum over (j positive, i negative) of max(0, margin - (x_j - x_i)).
 
@@ -668,6 +723,13 @@ def multilabel_margin_loss(
         is_negative = is_negative & elements.observed
         size = elements.observed.sum(dim=1).to(y.dtype)
     keys = torch.where(is_positive, keys - margin, keys)
+    if ranks.labels is not None:
+        # All positives, and the negatives of this rank.
+        size, bad = ranks.add(size, "labels"), ranks.add(bad.any(dim=1).double(), "labels") > 0
+        bad = bad[:, None]
+        keys, is_positive, is_negative = _beside_all_positives(
+            keys, is_positive, is_negative, ranks
+        )
     # Negatives come first among equals: a pair that meets the margin exactly has no gradient.
     order = is_positive.to(torch.uint8).argsort(dim=1, stable=True)
     order = order.gather(1, keys.detach().gather(1, order).argsort(dim=1, stable=True))
@@ -678,13 +740,45 @@ def multilabel_margin_loss(
     pairs = (below * above)[:, :-1]
     # A gap can be infinite where no pair spans it.
     gaps = torch.where(pairs == 0, 0.0, ordered[:, 1:] - ordered[:, :-1])
-    loss = (gaps * pairs).sum(dim=1)
+    loss = ranks.add((gaps * pairs).sum(dim=1), "labels")
     # Also the gradient of a row with something invalid is NaN.
     bad = bad.any(dim=1)
     invalid = torch.where(bad[:, None], keys, 0.0) * math.nan
     loss = torch.where(bad, invalid.sum(dim=1), loss)
     loss = (loss / size.clamp(min=1)).to(y.dtype)
-    return reduce_loss(loss, None, weight, reduction, normalizer)
+    return reduce_loss(loss, None, weight, reduction, normalizer, ranks)
+
+
+def _beside_all_positives(
+    keys: Tensor, is_positive: Tensor, is_negative: Tensor, ranks: Ranks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Put the positives of all label shards before the labels of this one, which are negatives.
+
+    As many places as the row with the most positives needs: the one thing here that a GPU is
+    waited for.
+    """
+    most = int(ranks.largest(is_positive.sum(dim=1).amax(keepdim=True)) if len(keys) else 0)
+    order = is_positive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    filler = most - order.shape[1]
+    own = torch.nn.functional.pad(keys.gather(1, order), (0, filler))
+    marks = torch.nn.functional.pad(is_positive.gather(1, order).to(keys.dtype), (0, filler))
+    positives, marks = ranks.with_others(own), ranks.with_others(marks)
+    # Places without a positive are in no pair, wherever they come in the order.
+    positives = torch.where(marks != 0, positives, 0.0)
+    return (
+        torch.cat([positives, keys], dim=1),
+        torch.cat([marks != 0, torch.zeros_like(is_positive)], dim=1),
+        torch.cat([torch.zeros_like(marks, dtype=torch.bool), is_negative], dim=1),
+    )
+
+
+# Of each axis: the dimensions that are summed, what ranks have others of in these sums, and in what
+# is left.
+_TVERSKY_AXES = {
+    "samples": ((1,), "labels", "rows"),
+    "classes": ((0,), "rows", "labels"),
+    "micro": ((0, 1), "elements", "nothing"),
+}
 
 
 def tversky_loss(
@@ -701,13 +795,14 @@ def tversky_loss(
     ignore_index: float | None,
     normalizer: Tensor | None,
     reduction: str,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """L = 1 - (2 I + s) / (2 I + 2 alpha FP + 2 beta FN + s), without the subtraction.
 
     I = sum p y, FP = sum p (1 - y), FN = sum (1 - p) y along `axis`. `weight` has one value for
     each unit that is left: per row (samples), per label (classes) or ``[1]`` (micro).
     """
-    along = {"samples": (1,), "classes": (0,), "micro": (0, 1)}[axis]
+    along, summed, left = _TVERSKY_AXES[axis]
     per_element = weight
     if weight is not None:
         per_element = weight[:, None] if axis == "samples" else weight
@@ -722,12 +817,24 @@ def tversky_loss(
         q = 1 - p
     if observed is not None:
         p, q = torch.where(observed, p, 0.0), torch.where(observed, q, 0.0)
-    overlap = (p * y).sum(along, dtype=torch.float64)
-    false_positives = (p * (1 - y)).sum(along, dtype=torch.float64)
-    false_negatives = (q * y).sum(along, dtype=torch.float64)
+    sums = [part.sum(along, dtype=torch.float64) for part in (p * y, p * (1 - y), q * y)]
+    overlap, false_positives, false_negatives = ranks.add(torch.stack(sums), summed)
     missed = 2 * (alpha * false_positives + beta * false_negatives)
     whole = 2 * overlap + missed + smooth
     empty = whole == 0
     loss = torch.where(empty, 0.0, missed / torch.where(empty, 1.0, whole))
     loss = loss.to(x.dtype).reshape(-1)
-    return reduce_loss(loss, None, weight, reduction, normalizer)
+    return reduce_loss(loss, None, weight, reduction, normalizer, ranks, left)
+
+
+# ---- Logits of which other ranks have other labels, or other rows --------------------------------
+
+
+class OverRanks:
+    """The losses of this module, of what all ranks have."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        return functools.partial(globals()[name], ranks=self._ranks)

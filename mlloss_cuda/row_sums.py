@@ -7,6 +7,7 @@ its negatives. There are N of them, not N times C: all of this is in fp64 and co
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,12 +30,13 @@ class FinishedRows(NamedTuple):
     Attributes:
         losses: ``[N]``, fp64.
         statistics: ``[N, 4]``, fp64, those of ``reference.zlpr_gradient_over``.
-        threshold_slopes: derivatives of the losses by their thresholds, ``[N]``, fp64.
+        threshold_slopes: derivatives of the losses by their thresholds, ``[N]``, fp64; None where
+            there are none.
     """
 
     losses: Tensor
     statistics: Tensor
-    threshold_slopes: Tensor
+    threshold_slopes: Tensor | None = None
 
 
 def multilabel_categorical_crossentropy(sums: Tensor, threshold: Tensor) -> FinishedRows:
@@ -48,8 +50,7 @@ def multilabel_categorical_crossentropy(sums: Tensor, threshold: Tensor) -> Fini
     for side, own in ((sums[:, :2], -threshold.double()), (sums[:, 2:], threshold.double())):
         largest, total = side.unbind(dim=1)
         distance = largest + total.log() - own
-        # Exact in both tails; softplus of torch gives up the lower one at -37.
-        losses.append(distance.clamp(min=0) + (-distance.abs()).exp().log1p())
+        losses.append(_softplus(distance))
         # Relative to the larger of e^own and e^largest.
         shift = torch.where(total == 0, own, torch.maximum(largest, own))
         others = torch.where(total == 0, 0.0, total * (largest - shift).exp())
@@ -58,3 +59,32 @@ def multilabel_categorical_crossentropy(sums: Tensor, threshold: Tensor) -> Fini
     return FinishedRows(
         losses[0] + losses[1], torch.stack(statistics, dim=1), slopes[1] - slopes[0]
     )
+
+
+def multilabel_ranking_loss(sums: Tensor) -> FinishedRows:
+    """Finish the ranking loss: L = softplus(log(e^A S) + log(e^B T)), 0 where a side is empty.
+
+    Args:
+        sums: ``[N, 4]``, fp64.
+    """
+    a, positives, b, negatives = sums.unbind(dim=1)
+    empty = (positives == 0) | (negatives == 0)
+    # NaN on one side counts although the other is empty.
+    nothing = torch.where(positives.isnan() | negatives.isnan(), math.nan, 0.0).to(sums.dtype)
+    exponent = (a + b) + (positives.log() + negatives.log())
+    slope = torch.sigmoid(exponent)
+    factors = [torch.where(empty, nothing, slope / total) for total in (positives, negatives)]
+    statistics = torch.stack([a, factors[0], b, factors[1]], dim=1)
+    return FinishedRows(torch.where(empty, nothing, _softplus(exponent)), statistics)
+
+
+def _softplus(x: Tensor) -> Tensor:
+    """Exact in both tails; softplus of torch gives up the lower one at -37."""
+    return x.clamp(min=0) + (-x.abs()).exp().log1p()
+
+
+# Of each loss: what makes losses from the sums of rows and, if it has one, the threshold.
+FINISH: dict[str, Callable[..., FinishedRows]] = {
+    "multilabel_categorical_crossentropy": multilabel_categorical_crossentropy,
+    "multilabel_ranking_loss": multilabel_ranking_loss,
+}

@@ -1,0 +1,197 @@
+"""What ranks of ``torch.distributed`` tell each other of a loss whose labels, or rows, are spread.
+
+A loss needs two kinds of sums over what other ranks hold: those of a row, over its labels, and
+those of a batch. Every rank then has the whole loss, and its own part of the gradient.
+
+Sums are added in the order of the ranks, from what :func:`gathered` brings: the same on every rank,
+and the same bits every time, whichever way a backend would have reduced them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch.distributed.ProcessGroup, which a build of torch without it does not have.
+ProcessGroup = Any
+
+# With a single tensor on each side, whose functions torch 2.13 has given other names.
+all_gather_single: Any = getattr(
+    dist, "all_gather_single", getattr(dist, "all_gather_into_tensor", None)
+)
+reduce_scatter_single: Any = getattr(
+    dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None)
+)
+
+
+def gathered(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
+    """Return the tensors of all ranks, ``[ranks, ...]``, in their order; None is a single rank.
+
+    They have one shape. Nothing is differentiated.
+    """
+    tensor = tensor.detach().contiguous()
+    if group is None:
+        return tensor[None]
+    out = tensor.new_empty((dist.get_world_size(group), *tensor.shape))
+    if out.numel() > 0:
+        all_gather_single(out.view(-1), tensor.view(-1), group=group)
+    return out
+
+
+class Ranks:
+    """The ranks that hold the other labels of a rank's rows, and the other rows of its labels.
+
+    Args:
+        labels: a process group, each of whose ranks holds some of the labels, or None.
+        rows: a process group, each of whose ranks holds some of the rows, or None.
+    """
+
+    def __init__(
+        self, labels: ProcessGroup | None = None, rows: ProcessGroup | None = None
+    ) -> None:
+        self.labels, self.rows = labels, rows
+        self._groups = {
+            "labels": [labels],
+            "rows": [rows],
+            "elements": [labels, rows],
+            "nothing": [],
+        }
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no others."""
+        return self.labels is None and self.rows is None
+
+    def add(self, values: Tensor, over: str) -> Tensor:
+        """Add up what ranks have: over ``'labels'``, ``'rows'``, both (``'elements'``) or nothing.
+
+        The gradient of `values` is that of the sum, which each rank computes for itself.
+        """
+        for group in self._groups[over]:
+            if group is not None:
+                values = _Sum.apply(values, group)
+        return values
+
+    def add_each(self, first: Tensor, second: Tensor, over: str) -> tuple[Tensor, Tensor]:
+        """:meth:`add` for two 0-d numbers, in a single exchange."""
+        if all(group is None for group in self._groups[over]):
+            return first, second
+        sums = self.add(torch.stack([first, second]), over)
+        return sums[0], sums[1]
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over the labels, as a constant; NaN is larger than all."""
+        return gathered(values, self.labels).amax(dim=0)
+
+    def owns(self, values: Tensor) -> Tensor:
+        """Where this rank is the first of those whose value is the largest: bool."""
+        ranks = gathered(values, self.labels)
+        place = 0 if self.labels is None else dist.get_rank(self.labels)
+        return ranks.argmax(dim=0) == place
+
+    def with_others(self, values: Tensor) -> Tensor:
+        """Put ``[N, K]`` of all label shards side by side: ``[N, ranks * K]``.
+
+        The gradient of `values` is added up over what the ranks compute from them.
+        """
+        if self.labels is None:
+            return values
+        side_by_side: Tensor = _SideBySide.apply(values, self.labels)
+        return side_by_side
+
+
+ALONE = Ranks()
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:  # noqa: ARG004
+        return gathered(values, group).sum(dim=0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+class _SideBySide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group, ctx.width = group, values.shape[1]
+        return gathered(values, group).transpose(0, 1).flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = gathered(grad, ctx.group).sum(dim=0)
+        first = dist.get_rank(ctx.group) * ctx.width
+        return total[:, first : first + ctx.width], None
+
+
+# ---- Rows ----------------------------------------------------------------------------------------
+
+
+def gather_rows(tensor: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+    """Put the rows ``[counts[rank], ...]`` of all ranks below each other, in their order.
+
+    The gradient of a rank's rows is the sum of what all ranks compute from them.
+
+    Args:
+        tensor: the rows of this rank.
+        counts: how many rows each rank has.
+        group: the ranks.
+    """
+    rows: Tensor = _Rows.apply(tensor, counts, group)
+    return rows
+
+
+def scatter_rows(tensor: Tensor, counts: Sequence[int], group: ProcessGroup) -> tuple[Tensor, Any]:
+    """Begin to add up the rows of all ranks: the sums of those that belong to this rank.
+
+    Args:
+        tensor: ``[sum of counts, ...]``, on every rank.
+        counts: how many of them belong to each rank, in their order.
+        group: the ranks.
+
+    Returns:
+        ``[counts[rank], ...]``, and what to ``wait()`` for before it is read.
+    """
+    most, place = max(counts), dist.get_rank(group)
+    if most * tensor[:1].numel() == 0:
+        return tensor[: counts[place]], _Done()
+    parts = tensor.split(list(counts))
+    padded = tensor
+    if any(count != most for count in counts):
+        padded = tensor.new_zeros((len(counts), most, *tensor.shape[1:]))
+        for part, own in zip(padded, parts, strict=True):
+            part[: len(own)] = own
+        padded = padded.flatten(0, 1)
+    out = tensor.new_empty((most, *tensor.shape[1:]))
+    work = reduce_scatter_single(out, padded.contiguous(), group=group, async_op=True)
+    return out[: counts[place]], work
+
+
+class _Done:
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+        ctx.counts, ctx.group = counts, group
+        most = max(counts)
+        if any(count != most for count in counts):
+            filler = tensor.new_zeros((most - len(tensor), *tensor.shape[1:]))
+            ranks = gathered(torch.cat([tensor.detach(), filler]), group)
+            own = [rows[:count] for rows, count in zip(ranks, counts, strict=True)]
+            return torch.cat(own)
+        return gathered(tensor, group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        own, work = scatter_rows(grad, ctx.counts, ctx.group)
+        work.wait()
+        return own, None, None

@@ -1,0 +1,323 @@
+"""Labels that are spread over the ranks of ``torch.distributed``: who has which, and the losses.
+
+A call of a loss with ``process_group=`` comes here, where its sparse labels are cut to the columns
+that this rank has, and goes back to the same function with :class:`Ranks`, who know what to tell
+each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import arguments
+from .label_parts import columns_of
+from .ranks import ALONE, ProcessGroup, Ranks, gathered
+from .targets import (
+    OBSERVED,
+    PLAIN_TENSORS,
+    WORD_BITS,
+    Labels,
+    LabelsLike,
+    PackedLabels,
+    SparseLabels,
+    contents_may_be_checked,
+    debugging,
+    labels_from_layout,
+    normalize_mask,
+    normalize_sparse,
+    normalize_target,
+    stand_in,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelShard:
+    """The labels [begin, end) of num_labels, which this rank of a process group has.
+
+    Args:
+        num_labels: C, of all ranks together.
+        begin: first label of this rank.
+        end: one behind the last; begin for none.
+        process_group: the ranks that share the labels; None is all of ``torch.distributed``.
+        row_group: the ranks that have the same labels and other rows of the batch, for reductions
+            that count all rows; None if every rank has all rows.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: the range is not within the labels, or the group is not one of this process.
+        RuntimeError: ``torch.distributed`` is not initialised.
+
+    On rank 1 of 4, :meth:`even` of 10 labels is ``LabelShard(10, 3, 6, ...)``.
+    """
+
+    num_labels: int
+    begin: int
+    end: int
+    process_group: ProcessGroup = None
+    row_group: ProcessGroup = None
+
+    def __post_init__(self) -> None:
+        """Check everything."""
+        arguments.integer(self.num_labels, "num_labels", 0)
+        arguments.integer(self.begin, "begin", 0)
+        arguments.integer(self.end, "end", 0)
+        if not self.begin <= self.end <= self.num_labels:
+            raise ValueError(
+                f"begin and end must be in order and at most num_labels, {self.num_labels}, got "
+                f"{self.begin} and {self.end}"
+            )
+        object.__setattr__(self, "process_group", as_group(self.process_group, "process_group"))
+        if self.row_group is not None:
+            as_group(self.row_group, "row_group")
+
+    @classmethod
+    def even(
+        cls,
+        num_labels: int,
+        process_group: ProcessGroup = None,
+        *,
+        row_group: ProcessGroup = None,
+    ) -> LabelShard:
+        """Spread the labels evenly, as ``torch.chunk`` and DTensor do.
+
+        Every rank has ceil(C / ranks) of them, but the last ones fewer, or none.
+        """
+        arguments.integer(num_labels, "num_labels", 0)
+        group = as_group(process_group, "process_group")
+        begin, end = even_range(num_labels, dist.get_rank(group), dist.get_world_size(group))
+        return cls(num_labels, begin, end, group, row_group)
+
+    @property
+    def width(self) -> int:
+        """How many labels this rank has."""
+        return self.end - self.begin
+
+    def split(self, labels: LabelsLike) -> LabelsLike:
+        """Return the columns of this rank of labels that have all columns.
+
+        Args:
+            labels: in any format that the losses take as target or mask. Sparse ones are cut once,
+                on their device and without waiting for it, to entries whose ids begin at 0.
+
+        Raises:
+            TypeError, ValueError: an argument has a wrong type, shape or value.
+        """
+        if isinstance(labels, PackedLabels):
+            return self._split_packed(labels)
+        if _is_sparse(labels):
+            tensor = labels.indices if isinstance(labels, SparseLabels) else labels
+            rows = labels.num_rows if isinstance(labels, SparseLabels) else len(labels)
+            like = torch.empty((), device=tensor.device)
+            whole = stand_in((rows,), self.num_labels, like)
+            if isinstance(labels, Tensor):
+                labels = labels_from_layout(labels, whole, "labels")
+            assert isinstance(labels, SparseLabels)
+            checked = normalize_sparse(labels, whole, "labels")
+            return columns_of(
+                _sparse_of(checked), self.begin, self.width, self.num_labels, "labels"
+            )
+        if not isinstance(labels, Tensor):
+            raise TypeError(
+                "labels must be a tensor, SparseLabels or PackedLabels, got "
+                f"{type(labels).__name__}"
+            )
+        if labels.dim() == 0 or labels.shape[-1] != self.num_labels:
+            raise ValueError(
+                f"labels must have {self.num_labels} columns, got shape {list(labels.shape)}"
+            )
+        return labels[..., self.begin : self.end]
+
+    def _split_packed(self, labels: PackedLabels) -> PackedLabels:
+        if labels.num_labels != self.num_labels:
+            raise ValueError(
+                f"labels.num_labels must be {self.num_labels}, got {labels.num_labels}"
+            )
+        first, last = self.begin // WORD_BITS, -(-self.end // WORD_BITS)
+        words = labels.words[..., first:last]
+        if self.begin % WORD_BITS == 0:
+            return PackedLabels(words, self.width)
+        bits = PackedLabels(words, words.shape[-1] * WORD_BITS).unpack()
+        begin = self.begin - first * WORD_BITS
+        return PackedLabels.pack(bits[..., begin : begin + self.width])
+
+
+def as_group(group: ProcessGroup | None, name: str) -> ProcessGroup:
+    """Check a process group; None is that of all processes.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: this process is not in it.
+        RuntimeError: ``torch.distributed`` is not initialised.
+    """
+    if not dist.is_available():
+        raise RuntimeError("this build of torch has no torch.distributed")
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{name} must be a group that this process is in")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{name} must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}"
+        )
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "torch.distributed is not initialised: call torch.distributed.init_process_group first"
+        )
+    return dist.group.WORLD if group is None else group
+
+
+def even_range(size: int, place: int, parts: int) -> tuple[int, int]:
+    """Where a part of torch.chunk begins and ends."""
+    step = -(-size // parts)
+    return min(place * step, size), min((place + 1) * step, size)
+
+
+# What `process_group=` of a loss takes. `Ranks` are for calls that come from here.
+Group: TypeAlias = "ProcessGroup | LabelShard | Ranks | None"
+
+
+def is_spread(input: Tensor, process_group: Group) -> bool:
+    """Whether a call of a loss has to come here first."""
+    if process_group is not None:
+        return not isinstance(process_group, Ranks)
+    return type(input) not in PLAIN_TENSORS and _is_dtensor(input)
+
+
+def _is_dtensor(input: Tensor) -> bool:
+    # Imported by whoever has made one, and not by everybody else: it takes most of a second.
+    return type(input).__module__.startswith("torch.distributed.tensor")
+
+
+def ranks_of(process_group: Group) -> Ranks:
+    """Those of a call that has been here, or needs not."""
+    if process_group is None:
+        return ALONE
+    assert isinstance(process_group, Ranks)
+    return process_group
+
+
+def over_shards(
+    loss: Callable[..., Tensor],
+    input: Tensor,
+    target: LabelsLike,
+    process_group: Group,
+    **options: Any,
+) -> Tensor:
+    """Call a loss of logits of which this rank has some of the labels.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument has a wrong type or value.
+    """
+    if _is_dtensor(input):
+        from . import dtensors
+
+        call: Callable[..., Tensor] = dtensors.call
+        if process_group is not None:
+            raise ValueError("process_group must be None for a DTensor, which knows its ranks")
+        arguments_of_call: tuple[Any, ...] = (loss, input, target)
+    else:
+        call, arguments_of_call = _over_group, (loss, input, target, process_group)
+    if torch.compiler.is_compiling():
+        # Collectives between the kernels are not for the compiler, which could only copy them.
+        call = torch.compiler.disable(
+            call, reason="mlloss_cuda runs losses over several ranks outside of graphs"
+        )
+    return call(*arguments_of_call, **options)
+
+
+def _over_group(
+    loss: Callable[..., Tensor],
+    input: Tensor,
+    target: LabelsLike,
+    process_group: ProcessGroup | LabelShard,
+    **options: Any,
+) -> Tensor:
+    arguments.check_input(input)
+    if isinstance(process_group, LabelShard):
+        shard = process_group
+        if input.shape[-1] != shard.width:
+            raise ValueError(
+                f"input must have the {shard.width} labels of the shard [{shard.begin}, "
+                f"{shard.end}), got shape {list(input.shape)}"
+            )
+        ranks = Ranks(shard.process_group, shard.row_group)
+    else:
+        shard, ranks = None, Ranks(as_group(process_group, "process_group"))
+    if debugging():
+        check_alike(loss, input, ranks, options)
+    sparse: dict[str, tuple[Labels, int]] = {}
+    for name, labels in (("target", target), ("mask", options.get("mask"))):
+        if labels is None or not _is_sparse(labels):
+            continue
+        width = labels.shape[-1] if isinstance(labels, Tensor) and not labels.is_nested else 0
+        whole = stand_in(input.shape[:-1], width, input)
+        if name == "target":
+            checked = normalize_target(labels, whole, options.get("ignore_index"))
+        else:
+            mask = normalize_mask(labels, whole)
+            assert mask is not None
+            checked = mask
+        sparse[name] = checked, width
+    if sparse:
+        begin, num_labels = _bounds(shard, input, ranks)
+        for name, (checked, width) in sparse.items():
+            _check_width(width, num_labels, name)
+            own = columns_of(_sparse_of(checked), begin, input.shape[-1], num_labels, name)
+            if name == "target":
+                target = own
+            else:
+                options["mask"] = own
+    return loss(input, target, process_group=ranks, **options)
+
+
+def _sparse_of(labels: Labels) -> SparseLabels:
+    assert labels.offsets is not None
+    return SparseLabels(labels.data, labels.offsets, labels.values, labels.format == OBSERVED)
+
+
+def _is_sparse(labels: object) -> bool:
+    if isinstance(labels, SparseLabels):
+        return True
+    return isinstance(labels, Tensor) and (labels.layout != torch.strided or labels.is_nested)
+
+
+def _bounds(
+    shard: LabelShard | None, input: Tensor, ranks: Ranks
+) -> tuple[int | Tensor, int | Tensor]:
+    """First label of this rank and number of all labels; those of a GPU are not waited for."""
+    if shard is not None:
+        return shard.begin, shard.num_labels
+    own = torch.full((), input.shape[-1], dtype=torch.int64, device=input.device)
+    widths = gathered(own, ranks.labels)
+    before, total = widths[: dist.get_rank(ranks.labels)].sum(), widths.sum()
+    return (int(before), int(total)) if contents_may_be_checked(input) else (before, total)
+
+
+def _check_width(width: int, num_labels: int | Tensor, name: str) -> None:
+    if width != 0 and isinstance(num_labels, int) and width != num_labels:
+        raise ValueError(
+            f"{name} must have the {num_labels} columns of all ranks together, got {width}"
+        )
+
+
+def check_alike(
+    loss: Callable[..., Tensor], input: Tensor, ranks: Ranks, options: dict[str, Any]
+) -> None:
+    """Raise on all ranks if they call different losses, or rows that differ in number or dtype.
+
+    Without this, such a call waits for what never comes.
+    """
+    own = (loss.__name__, list(input.shape[:-1]), str(input.dtype), options.get("reduction"))
+    for group in (ranks.labels,):
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, own, group=group)
+        for rank, other in enumerate(everyone):
+            if other != own:
+                raise ValueError(
+                    "input must be logits of the same rows, and the loss the same, on all ranks "
+                    f"that share the labels: got {own} here and {other} on rank {rank} of the group"
+                )
