@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, linear, reference, topk
+from . import arguments, linear, reference, shared_batch, topk
 from .linear import HiddenGradient, Layer, Sweep
 from .optimizer import (
     ROUNDINGS,
@@ -21,6 +21,8 @@ from .optimizer import (
     state_dtype,
     take_step,
 )
+from .ranks import ALONE, ProcessGroup, Ranks, SharedRows
+from .sharding import LabelShard, as_group
 from .targets import FLOATING_DTYPES, LabelsLike, stand_in
 
 # The losses of a head, and whether a single part of the labels saves a product.
@@ -31,6 +33,9 @@ _LOSS_ARGUMENTS = {
     "sigmoid_cross_entropy": (*_SHARED_ARGUMENTS, "pos_weight", "label_smoothing"),
     "multilabel_categorical_crossentropy": (*_SHARED_ARGUMENTS, "threshold"),
 }
+
+# Weights that are drawn at a time where labels are spread, whatever the number of ranks.
+_DRAWN_AT_ONCE = 1 << 24
 
 _DEFAULT_EPS = {"adagrad": 1e-10, "adamw": 1e-8}
 _DEFAULT_BETAS = (0.9, 0.999)
@@ -66,10 +71,13 @@ class ExtremeLinear(torch.nn.Module):
         seed: of stochastic rounding, whose random bits depend on seed, step and element alone.
         device: where to keep everything.
         chunk: labels of a part; None: see :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
+        process_group: ranks of ``torch.distributed`` that share the labels: each keeps, as by
+            ``torch.chunk``, ceil(C / ranks) of them, or fewer at the end. See :meth:`loss`.
 
     Attributes:
-        weight: ``[C, d]``.
-        bias: ``[C]`` or None.
+        weight: ``[C, d]``; with `process_group`, of the labels of this rank.
+        bias: ``[C]`` or None; the same.
+        shard: the :class:`LabelShard` of this rank, or None.
         optimizer: a ``torch.optim.Optimizer`` with the ``param_groups`` of weight and bias, for
             learning-rate schedulers.
         steps: how many have been taken.
@@ -105,6 +113,7 @@ class ExtremeLinear(torch.nn.Module):
         seed: int = 0,
         device: torch.device | str | None = None,
         chunk: int | None = None,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("in_features", in_features), ("num_labels", num_labels)):
@@ -137,13 +146,17 @@ class ExtremeLinear(torch.nn.Module):
             shared["betas"] = _DEFAULT_BETAS if betas is None else betas
         shared["weight_decay"] = weight_decay
         _check_group(shared)
+        self.shard: LabelShard | None = None
+        if process_group is not None:
+            self.shard = LabelShard.even(num_labels, as_group(process_group, "process_group"))
         self.in_features, self.num_labels, self.chunk = in_features, num_labels, chunk
         self.rule, self.rounding, self.seed, self.steps = optimizer, rounding, seed, 0
-        weight = torch.empty(num_labels, in_features, dtype=dtype, device=device)
+        own_labels = num_labels if self.shard is None else self.shard.width
+        weight = torch.empty(own_labels, in_features, dtype=dtype, device=device)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.bias: torch.nn.Parameter | None
         if bias:
-            self.bias = torch.nn.Parameter(weight.new_empty(num_labels), requires_grad=False)
+            self.bias = torch.nn.Parameter(weight.new_empty(own_labels), requires_grad=False)
         else:
             self.register_parameter("bias", None)
         groups = [{"params": [self.weight], **shared}]
@@ -159,9 +172,16 @@ class ExtremeLinear(torch.nn.Module):
         self._accumulates = False
 
     def reset_parameters(self) -> None:
-        """Draw weights from U(-1/sqrt(d), 1/sqrt(d)), as torch.nn.Linear does; the rest is 0."""
+        """Draw weights from U(-1/sqrt(d), 1/sqrt(d)), as torch.nn.Linear does; the rest is 0.
+
+        Ranks that share the labels all draw those of all labels, and keep their own: on the CPU,
+        from the same random state, the same ones as a head of one process.
+        """
         bound = self.in_features**-0.5
-        torch.nn.init.uniform_(self.weight, -bound, bound)
+        if self.shard is None:
+            torch.nn.init.uniform_(self.weight, -bound, bound)
+        else:
+            self._draw_shard(self.shard, bound)
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
         for state in self.buffers(recurse=False):
@@ -169,6 +189,17 @@ class ExtremeLinear(torch.nn.Module):
         self.steps = 0
         # Gradients that wait for the next step: of the weight, and of the bias or None.
         self._pending: tuple[Tensor, Tensor | None] | None = None
+
+    def _draw_shard(self, shard: LabelShard, bound: float) -> None:
+        step = max(_DRAWN_AT_ONCE // self.in_features, 1)
+        for first in range(0, self.num_labels, step):
+            last = min(first + step, self.num_labels)
+            drawn = self.weight.new_empty(last - first, self.in_features)
+            torch.nn.init.uniform_(drawn, -bound, bound)
+            begin, end = max(first, shard.begin), min(last, shard.end)
+            if begin < end:
+                own = self.weight.data[begin - shard.begin : end - shard.begin]
+                own.copy_(drawn[begin - first : end - first])
 
     def extra_repr(self) -> str:
         """List what the head was made with."""
@@ -182,6 +213,11 @@ class ExtremeLinear(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return all logits ``[..., C]`` of ``hidden`` ``[..., d]``: for small cases."""
+        if self.shard is not None:
+            raise RuntimeError(
+                "the logits of all labels are nowhere: the labels of this head are spread over "
+                "ranks; use topk"
+            )
         return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -199,6 +235,7 @@ class ExtremeLinear(torch.nn.Module):
         mask: LabelsLike | None = None,
         grad_scale: Tensor | float = 1.0,
         loss_scale: float = 1.0,
+        whole_target: bool = False,
         **loss_arguments: Any,
     ) -> Tensor:
         """Return the loss, and in training mode take the optimizer's step for weight and bias.
@@ -217,6 +254,14 @@ class ExtremeLinear(torch.nn.Module):
         (out of memory, as a rule) leaves the head as it was; after a later one, parts have theirs
         and parts do not.
 
+        With labels spread over ranks, all of them call this at the same time, each with rows of its
+        own, as many as it has or none: ``hidden``, and ``target``, ``mask``, ``threshold`` and
+        ``weight`` of these rows for all C labels (label ids count from 0 to C). What has no rows,
+        numbers and tensors ``[C]`` or ``[labels of the shard]``, is the same on all ranks. Every
+        rank gets the loss of all rows, and the gradient of that loss by its own ``hidden`` (and
+        ``threshold``). An encoder under DDP, which averages gradients over the ranks, wants
+        the loss times the number of ranks.
+
         Args:
             hidden: ``[..., d]``, floating; converted to the dtype of the weights (that of autocast,
                 if it is on).
@@ -227,6 +272,9 @@ class ExtremeLinear(torch.nn.Module):
             loss_scale: what gradients of logits are multiplied by while they are held in low
                 precision, and divided by again: a power of two for fp16, whose smallest number is
                 6e-8. The gradient of the mean over 1000 rows and 1,000,000 labels is below 1e-9.
+            whole_target: where labels are spread, whether target and mask are those of the rows of
+                all ranks, in their order; rows are then spread as by ``torch.chunk``, and ranks
+                need not tell each other what they have.
             loss_arguments: other arguments of the loss: ``weight``, ``pos_weight``, ``threshold``,
                 ``reduction`` (not ``'none'``), ``normalizer`` and so on.
 
@@ -234,23 +282,81 @@ class ExtremeLinear(torch.nn.Module):
             The loss, 0-d, fp32 (fp64 for fp64 weights).
 
         Raises:
-            TypeError, ValueError: as in :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
+            TypeError, ValueError: as in :func:`mlloss_cuda.linear_sigmoid_cross_entropy`. Of ranks,
+                one does; the others raise a RuntimeError.
             RuntimeError: from a backward pass with ``create_graph=True``, or a second one.
         """
         call = linear.outside_graphs(self._loss)
-        value: Tensor = call(hidden, target, loss, mask, grad_scale, loss_scale, loss_arguments)
+        options = {"target": target, "mask": mask, "loss": loss, "loss_scale": loss_scale}
+        options |= {"grad_scale": grad_scale, "whole_target": whole_target}
+        value: Tensor = call(hidden, loss_arguments, **options)
         return value
 
     def _loss(
         self,
         hidden: Tensor,
+        loss_arguments: dict[str, Any],
+        *,
         target: LabelsLike,
-        loss: str,
         mask: LabelsLike | None,
+        loss: str,
         grad_scale: Tensor | float,
         loss_scale: float,
-        loss_arguments: dict[str, Any],
+        whole_target: bool,
     ) -> Tensor:
+        arguments.flag(whole_target, "whole_target")
+        training = self.training and torch.is_grad_enabled()
+        given = {**loss_arguments, "grad_scale": grad_scale}
+        rows, ranks = None, ALONE
+        if self.shard is None:
+            layer = self._layer_of(hidden, loss, loss_scale, loss_arguments)
+            shape = hidden.shape[:-1]
+            logits = stand_in(shape, self.num_labels, layer.hidden)
+            labels = linear.check_labels(logits, target, mask, given.pop("ignore_index", None))
+            options = linear.OPTIONS[loss](logits, **given)
+            threshold, wants_gradient = options.of_rows.get("threshold"), hidden.requires_grad
+        else:
+            shard, ranks = self.shard, self._ranks
+            try:
+                layer = self._layer_of(hidden, loss, loss_scale, loss_arguments)
+                own = shared_batch.check(
+                    *(loss, layer.hidden, hidden.shape[:-1], target, mask, given, shard),
+                    whole_target=whole_target,
+                )
+            except (TypeError, ValueError):
+                if not whole_target:
+                    shared_batch.tell_of_an_error(ranks, self.weight.device)
+                raise
+            threshold = own.options.of_rows.get("threshold")
+            mode = training + 2 * self._accumulates
+            batch = shared_batch.share(own, mode, hidden.requires_grad, shard)
+            labels, options, rows = batch.labels, batch.options, batch.rows
+            wants_gradient = batch.wants_gradient
+            layer = linear.cut(
+                *(batch.hidden, layer.weight, layer.bias, self.chunk, batch.most_rows),
+                whole_rows=LOSSES[loss],
+            )
+        if loss_scale != 1:
+            one = torch.ones((), dtype=torch.float64, device=hidden.device)
+            scale = one if options.grad_scale is None else options.grad_scale
+            options = options._replace(grad_scale=scale * loss_scale)
+        sweep = linear.sweep_of(layer, labels, options, ranks)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if not training:
+                with torch.no_grad():
+                    return sweep(layer, None)[0]
+            of_hidden = HiddenGradient(layer, rows) if wants_gradient else None
+            # What comes out requires grad whatever went in, so that every loop can call backward().
+            anchor = torch.zeros((), device=hidden.device, requires_grad=True)
+            value: Tensor = _TrainingStep.apply(
+                self, sweep, layer, loss_scale, of_hidden, rows, hidden, threshold, anchor
+            )
+        return value
+
+    def _layer_of(
+        self, hidden: Tensor, loss: str, loss_scale: float, loss_arguments: dict[str, Any]
+    ) -> Layer:
+        """Check what a loss is called with, and return the layer that its logits come from."""
         arguments.one_of(loss, "loss", tuple(LOSSES))
         linear.check_hidden(hidden)
         for name in loss_arguments:
@@ -258,35 +364,11 @@ class ExtremeLinear(torch.nn.Module):
                 raise TypeError(f"{name} is no argument of loss={loss!r}")
         if loss_arguments.get("reduction") == "none":
             raise ValueError("reduction must not be 'none' here")
-        layer = linear.as_layer(
+        arguments.positive_number(loss_scale, "loss_scale")
+        return linear.as_layer(
             *(hidden.detach().to(self.weight.dtype), self.weight, self.bias, self.chunk),
             whole_rows=LOSSES[loss],
         )
-        shape = hidden.shape[:-1]
-        given = stand_in(shape, self.num_labels, layer.hidden)
-        scale = arguments.gradient_scale(grad_scale, given)
-        arguments.positive_number(loss_scale, "loss_scale")
-        shared = {"mask": mask, **loss_arguments}
-        sweep: Sweep
-        threshold = None
-        if loss == "sigmoid_cross_entropy":
-            sweep = linear.sigmoid_sweep(layer, shape, target, **shared)
-        else:
-            threshold = arguments.row_threshold(shared.pop("threshold", 0.0), given)
-            sweep = linear.zlpr_sweep(layer, shape, target, threshold=threshold, **shared)
-        if loss_scale != 1 or scale is not None:
-            one = torch.ones((), dtype=torch.float64, device=hidden.device)
-            sweep.grad_scale = (one if scale is None else scale) * loss_scale
-        with torch.autocast(hidden.device.type, enabled=False):
-            if not (self.training and torch.is_grad_enabled()):
-                with torch.no_grad():
-                    return sweep(layer, None)[0]
-            # What comes out requires grad whatever went in, so that every loop can call backward().
-            anchor = torch.zeros((), device=hidden.device, requires_grad=True)
-            value: Tensor = _TrainingStep.apply(
-                self, sweep, layer, loss_scale, hidden, threshold, anchor
-            )
-        return value
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -312,6 +394,12 @@ class ExtremeLinear(torch.nn.Module):
             self._accumulates = before
 
     # ---- The step ----
+
+    @property
+    def _ranks(self) -> Ranks:
+        if self.shard is None:
+            return ALONE
+        return Ranks(self.shard.process_group, self.shard.row_group)
 
     def _parameters_by_name(self) -> Iterator[tuple[str, Tensor]]:
         yield "weight", self.weight
@@ -351,7 +439,10 @@ class ExtremeLinear(torch.nn.Module):
         )
         # Random bits belong to elements: those of the bias come behind those of the weight.
         columns = self.in_features if name == "weight" else 1
-        first = 0 if name == "weight" else self.weight.numel()
+        first_label = 0 if self.shard is None else self.shard.begin
+        first = first_label * columns
+        if name == "bias":
+            first += self.num_labels * self.in_features
 
         def take(begin: int, end: int, gradient: Tensor) -> None:
             take_step(
@@ -370,16 +461,16 @@ class ExtremeLinear(torch.nn.Module):
         """Run the sweep; return the loss and the gradient of the threshold."""
         if self._accumulates:
             return sweep(layer, self._adder(layer, loss_scale, of_hidden))
+        ranks = self._ranks
         pending = self._pending
         scale = loss_scale if pending is None else 1.0
         names = [name for name, _ in self._parameters_by_name()]
         takes = [self._stepper(number, name, scale) for number, name in enumerate(names)]
         number_of_step = self.steps + 1
-        memory = torch.empty(
-            layer.step * self.in_features,
-            dtype=linear.weight_gradient_dtype(layer),
-            device=self.weight.device,
-        )
+        dtype = linear.weight_gradient_dtype(layer)
+        if ranks.rows is not None:
+            dtype = reference.compute_dtype(layer.hidden)  # of what is added up
+        memory = torch.empty(layer.step * self.in_features, dtype=dtype, device=self.weight.device)
 
         def use(begin: int, end: int, gradient: Tensor) -> None:
             if of_hidden is not None:
@@ -395,6 +486,7 @@ class ExtremeLinear(torch.nn.Module):
                 waiting = None if pending is None else pending[number]
                 if waiting is not None:
                     own = waiting[begin:end].add_(own, alpha=1 / loss_scale)
+                ranks.sum_over_rows(own)
                 takes[number](begin, end, own)
 
         result = sweep(layer, use)
@@ -510,17 +602,20 @@ class _TrainingStep(torch.autograd.Function):
         sweep: Sweep,
         layer: Layer,
         loss_scale: float,
+        of_hidden: HiddenGradient | None,
+        rows: SharedRows | None,
         hidden: Tensor,
         threshold: Tensor | None,
         anchor: Tensor,
     ) -> Tensor:
         del threshold, anchor  # the sweep has the one, nobody needs the other
         ctx.set_materialize_grads(False)
-        of_hidden = HiddenGradient(layer) if ctx.needs_input_grad[4] else None
         loss, of_threshold = head._train(sweep, layer, loss_scale, of_hidden)
+        if of_threshold is not None and rows is not None:
+            of_threshold = rows.own(of_threshold)
         ctx.gradients = (
-            None if of_hidden is None else of_hidden.sum,
-            of_threshold if ctx.needs_input_grad[5] else None,
+            None if of_hidden is None else of_hidden.total(),
+            of_threshold if ctx.needs_input_grad[7] else None,
         )
         ctx.grad_scale, ctx.shape, ctx.dtype = sweep.grad_scale, hidden.shape, hidden.dtype
         return loss
@@ -532,12 +627,12 @@ class _TrainingStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 7
+            return (None,) * 9
         call = "mlloss_cuda.ExtremeLinear.loss"
         of_hidden, of_threshold = linear.hand_out(ctx, call, grad_output)
         if of_hidden is not None:
             of_hidden = of_hidden.to(ctx.dtype).view(ctx.shape)
-        return None, None, None, None, of_hidden, of_threshold, None
+        return None, None, None, None, None, None, of_hidden, of_threshold, None
 
 
 # ---- Prediction ----------------------------------------------------------------------------------

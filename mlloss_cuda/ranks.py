@@ -10,7 +10,7 @@ and the same bits every time, whichever way a backend would have reduced them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -82,6 +82,23 @@ class Ranks:
             return first, second
         sums = self.add(torch.stack([first, second]), over)
         return sums[0], sums[1]
+
+    def sum_over_rows(self, gradient: Tensor) -> None:
+        """Add up, in place, what ranks with other rows have: something large, of the same shape."""
+        if self.rows is not None and gradient.numel() > 0:
+            dist.all_reduce(gradient, group=self.rows)
+
+    def numbers(self, own: Sequence[int], device: torch.device) -> list[list[list[int]]]:
+        """Return numbers of all ranks, by rank of `rows`, then of `labels`.
+
+        They go through memory of the CPU where all groups can; elsewhere a GPU is waited for.
+        """
+        groups = [group for group in (self.labels, self.rows) if group is not None]
+        if all("cpu" in dist.get_backend_config(group) for group in groups):
+            device = torch.device("cpu")
+        tensor = torch.tensor(own, dtype=torch.int64, device=device)
+        numbers: list[list[list[int]]] = gathered(gathered(tensor, self.labels), self.rows).tolist()
+        return numbers
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest over the labels, as a constant; NaN is larger than all."""
@@ -171,6 +188,59 @@ def scatter_rows(tensor: Tensor, counts: Sequence[int], group: ProcessGroup) -> 
     out = tensor.new_empty((most, *tensor.shape[1:]))
     work = reduce_scatter_single(out, padded.contiguous(), group=group, async_op=True)
     return out[: counts[place]], work
+
+
+class SharedRows(NamedTuple):
+    """The rows of a batch, some of which belong to each rank of a group.
+
+    Attributes:
+        counts: how many rows each rank has.
+        group: the ranks.
+    """
+
+    counts: list[int]
+    group: ProcessGroup
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Put the rows of all ranks below each other; see :func:`gather_rows`."""
+        return gather_rows(tensor, self.counts, self.group)
+
+    def scatter(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """Begin to add up what ranks have for all rows; see :func:`scatter_rows`."""
+        return scatter_rows(tensor, self.counts, self.group)
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """The rows of this rank, of those of all."""
+        place = dist.get_rank(self.group)
+        first = sum(self.counts[:place])
+        return tensor[first : first + self.counts[place]]
+
+    def swap(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Send a block of columns to each rank; get this rank's columns of the rows of all.
+
+        Args:
+            blocks: for each rank, ``[own rows, its columns]``.
+
+        Returns:
+            ``[all rows, own columns]``.
+        """
+        like = blocks[dist.get_rank(self.group)]
+        width, size = like.shape[1], like.element_size()
+        out = like.new_empty((sum(self.counts), width))
+        sizes = [block.numel() for block in blocks]
+        sent = like.new_empty(sum(sizes))
+        for memory, block in zip(sent.split(sizes), blocks, strict=True):
+            memory.view(block.shape).copy_(block)
+        if sum(self.counts) > 0:
+            # As bytes, which every backend sends whatever the dtype.
+            dist.all_to_all_single(
+                out.view(-1).view(torch.uint8),
+                sent.view(torch.uint8),
+                [count * width * size for count in self.counts],
+                [block_size * size for block_size in sizes],
+                group=self.group,
+            )
+        return out
 
 
 class _Done:

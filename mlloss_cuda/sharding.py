@@ -16,12 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import arguments
-from .label_parts import columns_of
+from .label_parts import columns_of, packed_columns
 from .ranks import ALONE, ProcessGroup, Ranks, gathered
 from .targets import (
     OBSERVED,
     PLAIN_TENSORS,
-    WORD_BITS,
     Labels,
     LabelsLike,
     PackedLabels,
@@ -93,6 +92,15 @@ class LabelShard:
         begin, end = even_range(num_labels, dist.get_rank(group), dist.get_world_size(group))
         return cls(num_labels, begin, end, group, row_group)
 
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where the labels of each rank begin and end, if they are spread as by :meth:`even`."""
+        ranks = dist.get_world_size(self.process_group)
+        return [even_range(self.num_labels, rank, ranks) for rank in range(ranks)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LabelShard:
+        """Return itself: nothing in it changes, and there are no copies of process groups."""
+        return self
+
     @property
     def width(self) -> int:
         """How many labels this rank has."""
@@ -138,13 +146,7 @@ class LabelShard:
             raise ValueError(
                 f"labels.num_labels must be {self.num_labels}, got {labels.num_labels}"
             )
-        first, last = self.begin // WORD_BITS, -(-self.end // WORD_BITS)
-        words = labels.words[..., first:last]
-        if self.begin % WORD_BITS == 0:
-            return PackedLabels(words, self.width)
-        bits = PackedLabels(words, words.shape[-1] * WORD_BITS).unpack()
-        begin = self.begin - first * WORD_BITS
-        return PackedLabels.pack(bits[..., begin : begin + self.width])
+        return PackedLabels(packed_columns(labels.words, self.begin, self.end), self.width)
 
 
 def as_group(group: ProcessGroup | None, name: str) -> ProcessGroup:
