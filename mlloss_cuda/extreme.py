@@ -475,7 +475,7 @@ class ExtremeLinear(torch.nn.Module):
         def use(begin: int, end: int, gradient: Tensor) -> None:
             if of_hidden is not None:
                 of_hidden.add(begin, end, gradient)  # by the weights before their step
-            of_weight = memory[: (end - begin) * self.in_features].view(end - begin, -1)
+            of_weight = memory[: (end - begin) * self.in_features].view(-1, self.in_features)
             linear.write_weight_gradient(gradient, layer.hidden, of_weight)
             gradients = [of_weight]
             if self.bias is not None:
