@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import arguments, linear, reference, shared_batch, topk
@@ -22,8 +23,11 @@ from .optimizer import (
     take_step,
 )
 from .ranks import ALONE, ProcessGroup, Ranks, SharedRows
-from .sharding import LabelShard, as_group
+from .sharding import LabelShard, as_group, shard_of
 from .targets import FLOATING_DTYPES, LabelsLike, stand_in
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # The losses of a head, and whether a single part of the labels saves a product.
 LOSSES = {"sigmoid_cross_entropy": False, "multilabel_categorical_crossentropy": True}
@@ -73,6 +77,8 @@ class ExtremeLinear(torch.nn.Module):
         chunk: labels of a part; None: see :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
         process_group: ranks of ``torch.distributed`` that share the labels: each keeps, as by
             ``torch.chunk``, ceil(C / ranks) of them, or fewer at the end. See :meth:`loss`.
+        device_mesh: the same as a ``DeviceMesh`` of one dimension; or one of two, data and labels:
+            ranks that have the same labels then add up their gradients for every step.
 
     Attributes:
         weight: ``[C, d]``; with `process_group`, of the labels of this rank.
@@ -114,6 +120,7 @@ class ExtremeLinear(torch.nn.Module):
         device: torch.device | str | None = None,
         chunk: int | None = None,
         process_group: ProcessGroup | None = None,
+        device_mesh: DeviceMesh | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("in_features", in_features), ("num_labels", num_labels)):
@@ -146,9 +153,7 @@ class ExtremeLinear(torch.nn.Module):
             shared["betas"] = _DEFAULT_BETAS if betas is None else betas
         shared["weight_decay"] = weight_decay
         _check_group(shared)
-        self.shard: LabelShard | None = None
-        if process_group is not None:
-            self.shard = LabelShard.even(num_labels, as_group(process_group, "process_group"))
+        self.shard = shard_of(num_labels, process_group, device_mesh)
         self.in_features, self.num_labels, self.chunk = in_features, num_labels, chunk
         self.rule, self.rounding, self.seed, self.steps = optimizer, rounding, seed, 0
         own_labels = num_labels if self.shard is None else self.shard.width
@@ -221,10 +226,16 @@ class ExtremeLinear(torch.nn.Module):
         return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k largest logits and their labels, see :func:`extreme_topk`."""
-        linear.check_hidden(hidden)
-        hidden = hidden.detach().to(self.weight.dtype)
-        return extreme_topk(hidden, self.weight, self.bias, k, chunk=self.chunk)
+        """Return the k largest logits and their labels, see :func:`extreme_topk`.
+
+        Where labels are spread over ranks, each gives rows of its own, and gets the best of all
+        labels for them.
+        """
+        if isinstance(hidden, Tensor) and hidden.is_floating_point():
+            hidden = hidden.detach().to(self.weight.dtype)
+        return extreme_topk(
+            *(hidden, self.weight, self.bias, k), chunk=self.chunk, process_group=self.shard
+        )
 
     def loss(
         self,
@@ -317,16 +328,13 @@ class ExtremeLinear(torch.nn.Module):
             threshold, wants_gradient = options.of_rows.get("threshold"), hidden.requires_grad
         else:
             shard, ranks = self.shard, self._ranks
-            try:
+            told = ranks.errors_are_told(shared_batch.NUMBERS, self.weight.device)
+            with told if shared_batch.numbers_are_told(shard, whole_target) else nullcontext():
                 layer = self._layer_of(hidden, loss, loss_scale, loss_arguments)
                 own = shared_batch.check(
                     *(loss, layer.hidden, hidden.shape[:-1], target, mask, given, shard),
                     whole_target=whole_target,
                 )
-            except (TypeError, ValueError):
-                if not whole_target:
-                    shared_batch.tell_of_an_error(ranks, self.weight.device)
-                raise
             threshold = own.options.of_rows.get("threshold")
             mode = training + 2 * self._accumulates
             batch = shared_batch.share(own, mode, hidden.requires_grad, shard)
@@ -370,7 +378,7 @@ class ExtremeLinear(torch.nn.Module):
             whole_rows=LOSSES[loss],
         )
 
-    @contextlib.contextmanager
+    @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Let calls of :meth:`loss` in this context add up gradients, without taking a step.
 
@@ -645,6 +653,7 @@ def extreme_topk(
     k: int,
     *,
     chunk: int | None = None,
+    process_group: ProcessGroup | LabelShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k largest of the logits ``hidden @ weight.T + bias``, which are never all there.
 
@@ -654,6 +663,10 @@ def extreme_topk(
         bias: ``[C]`` or None.
         k: 1 to C.
         chunk: as in :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
+        process_group: where the labels are spread over ranks of ``torch.distributed``: their
+            ``ProcessGroup`` or a :class:`LabelShard`. Weight and bias are then those of the labels
+            of this rank, hidden has rows of its own, as many as it likes, and so has what is
+            returned: the best of the labels of all ranks.
 
     Returns:
         Logits ``[..., k]`` in descending order, of the dtype of hidden (that of autocast, if it is
@@ -661,7 +674,8 @@ def extreme_topk(
         int64. Among equal logits the smallest labels come first; NaN counts as largest.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value. Of
+            ranks, one does; the others raise a RuntimeError.
 
     >>> import torch, mlloss_cuda
     >>> weight = torch.tensor([[1.0], [3.0], [3.0], [2.0]])
@@ -669,21 +683,74 @@ def extreme_topk(
     >>> labels.tolist()
     [[1, 2, 3]]
     """
-    layer = linear.as_layer(hidden, weight, bias, chunk)
-    num_labels = weight.shape[0]
+    with torch.no_grad():
+        if process_group is None:
+            layer = linear.as_layer(hidden, weight, bias, chunk)
+            _check_k(k, weight.shape[0])
+            values, labels = _best(layer, k)
+        else:
+            values, labels = _best_of_ranks(hidden, weight, bias, k, chunk, process_group)
+    shape = (*hidden.shape[:-1], k)
+    return values.view(shape), labels.view(shape)
+
+
+def _check_k(k: int, num_labels: int) -> None:
     arguments.integer(k, "k", 1)
     if k > num_labels:
         raise ValueError(f"k must be at most the number of labels, {num_labels}, got {k}")
+
+
+def _best(layer: Layer, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits, or all, and their labels."""
     best: topk.Ordered | None = None
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(layer.hidden.device.type, enabled=False):
         order = topk.order_of(layer.hidden.dtype)
         for _, begin, _, logits in layer.logits():
             found = order.best(order.of(logits, begin), k)
             best = found if best is None else order.best(topk.joined(best, found), k)
         assert best is not None
         values, labels = order.scores_and_labels(best)
-    shape = (*hidden.shape[:-1], k)
-    return values.to(layer.hidden.dtype).view(shape), labels.view(shape)
+    return values.to(layer.hidden.dtype), labels
+
+
+def _best_of_ranks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    chunk: int | None,
+    process_group: ProcessGroup | LabelShard,
+) -> tuple[Tensor, Tensor]:
+    """Every rank finds the best of its labels for the rows of all; owners of rows join them."""
+    shard = process_group if isinstance(process_group, LabelShard) else None
+    group = as_group(process_group if shard is None else shard.process_group, "process_group")
+    ranks = Ranks(group)
+    with ranks.errors_are_told(3, weight.device):
+        layer = linear.as_layer(hidden, weight, bias, chunk)
+        arguments.integer(k, "k", 1)
+        if shard is not None and weight.shape[0] != shard.width:
+            raise ValueError(
+                f"weight must have the {shard.width} labels of the shard [{shard.begin}, "
+                f"{shard.end}), got shape {list(weight.shape)}"
+            )
+    (told,) = ranks.numbers([k, layer.hidden.shape[0], weight.shape[0]], weight.device)
+    if any(other != k for other, _, _ in told):
+        raise ValueError(f"k must be the same on all ranks, got {[other for other, _, _ in told]}")
+    widths = [width for _, _, width in told]
+    _check_k(k, sum(widths))
+    rows = SharedRows([count for _, count, _ in told], group)
+    layer = linear.cut(
+        *(rows.gather(layer.hidden), layer.weight, layer.bias, chunk, sum(rows.counts)),
+        whole_rows=False,
+    )
+    values, labels = _best(layer, k)
+    labels += sum(widths[: dist.get_rank(group)]) if shard is None else shard.begin
+    missing = (0, k - labels.shape[1])
+    values = torch.nn.functional.pad(values, missing)
+    labels = torch.nn.functional.pad(labels, missing, value=-1)
+    return topk.merge_top_labels(
+        list(rows.give_back(values).unbind()), list(rows.give_back(labels).unbind()), k
+    )
 
 
 def _check_group(group: dict[str, Any]) -> None:

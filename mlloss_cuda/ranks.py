@@ -9,7 +9,8 @@ and the same bits every time, whichever way a backend would have reduced them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,13 +93,35 @@ class Ranks:
         """Return numbers of all ranks, by rank of `rows`, then of `labels`.
 
         They go through memory of the CPU where all groups can; elsewhere a GPU is waited for.
+
+        Raises:
+            RuntimeError: another rank is where :meth:`errors_are_told` and has raised an error.
         """
+        ranks = self._told([0, *own], device)
+        for of_rows in ranks:
+            for place, numbers in enumerate(of_rows):
+                if numbers[0] != 0:
+                    raise RuntimeError(
+                        f"rank {place} has bad arguments for what all ranks have called: see there"
+                    )
+        return [[numbers[1:] for numbers in of_rows] for of_rows in ranks]
+
+    @contextlib.contextmanager
+    def errors_are_told(self, count: int, device: torch.device) -> Iterator[None]:
+        """Let other ranks, which will ask for `count` :meth:`numbers`, not wait after an error."""
+        try:
+            yield
+        except (TypeError, ValueError):
+            self._told([1, *[0] * count], device)
+            raise
+
+    def _told(self, own: list[int], device: torch.device) -> list[list[list[int]]]:
         groups = [group for group in (self.labels, self.rows) if group is not None]
         if all("cpu" in dist.get_backend_config(group) for group in groups):
             device = torch.device("cpu")
         tensor = torch.tensor(own, dtype=torch.int64, device=device)
-        numbers: list[list[list[int]]] = gathered(gathered(tensor, self.labels), self.rows).tolist()
-        return numbers
+        told: list[list[list[int]]] = gathered(gathered(tensor, self.labels), self.rows).tolist()
+        return told
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest over the labels, as a constant; NaN is larger than all."""
@@ -224,20 +247,36 @@ class SharedRows(NamedTuple):
         Returns:
             ``[all rows, own columns]``.
         """
-        like = blocks[dist.get_rank(self.group)]
-        width, size = like.shape[1], like.element_size()
-        out = like.new_empty((sum(self.counts), width))
+        width = blocks[dist.get_rank(self.group)].shape[1]
         sizes = [block.numel() for block in blocks]
-        sent = like.new_empty(sum(sizes))
+        sent = blocks[0].new_empty(sum(sizes))
         for memory, block in zip(sent.split(sizes), blocks, strict=True):
             memory.view(block.shape).copy_(block)
+        return self._exchanged(sent, sizes, [count * width for count in self.counts]).view(
+            sum(self.counts), width
+        )
+
+    def give_back(self, tensor: Tensor) -> Tensor:
+        """Send to each rank what belongs to its rows, of ``[all rows, width]``.
+
+        Returns:
+            ``[ranks, own rows, width]``: what each rank had for the rows of this one.
+        """
+        width, own = tensor.shape[1], self.counts[dist.get_rank(self.group)]
+        sizes = [count * width for count in self.counts]
+        received = self._exchanged(tensor.reshape(-1), sizes, [own * width] * len(sizes))
+        return received.view(len(sizes), own, width)
+
+    def _exchanged(self, sent: Tensor, sizes: list[int], received: list[int]) -> Tensor:
+        """Send to and receive from each rank so many elements."""
+        out, bytes_each = sent.new_empty(sum(received)), sent.element_size()
         if sum(self.counts) > 0:
             # As bytes, which every backend sends whatever the dtype.
             dist.all_to_all_single(
-                out.view(-1).view(torch.uint8),
+                out.view(torch.uint8),
                 sent.view(torch.uint8),
-                [count * width * size for count in self.counts],
-                [block_size * size for block_size in sizes],
+                [size * bytes_each for size in received],
+                [size * bytes_each for size in sizes],
                 group=self.group,
             )
         return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,9 @@ from .targets import (
     normalize_target,
     stand_in,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +150,36 @@ class LabelShard:
                 f"labels.num_labels must be {self.num_labels}, got {labels.num_labels}"
             )
         return PackedLabels(packed_columns(labels.words, self.begin, self.end), self.width)
+
+
+def shard_of(
+    num_labels: int, process_group: ProcessGroup | None, device_mesh: DeviceMesh | None
+) -> LabelShard | None:
+    """Spread labels over a process group or the last dimension of a mesh; None over nothing.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: both are given, or a mesh of other than one or two dimensions.
+        RuntimeError: ``torch.distributed`` is not initialised.
+    """
+    if device_mesh is None:
+        return None if process_group is None else LabelShard.even(num_labels, process_group)
+    if process_group is not None:
+        raise ValueError("process_group and device_mesh must not both be given")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(device_mesh, DeviceMesh):
+        raise TypeError(
+            "device_mesh must be a torch.distributed.device_mesh.DeviceMesh or None, got "
+            f"{type(device_mesh).__name__}"
+        )
+    if device_mesh.ndim not in (1, 2):
+        raise ValueError(
+            "device_mesh must have one dimension, labels, or two, data and labels, got "
+            f"{device_mesh.ndim}"
+        )
+    data = device_mesh.get_group(0) if device_mesh.ndim == 2 else None
+    return LabelShard.even(num_labels, device_mesh.get_group(-1), row_group=data)
 
 
 def as_group(group: ProcessGroup | None, name: str) -> ProcessGroup:

@@ -36,7 +36,9 @@ from .targets import (
 
 # What ranks have to give alike, or they would wait for what never comes; and what may differ.
 _ALIKE = ("loss", "reduction", "mode", "target", "mask", "weight", "pos_weight", "threshold")
-_SIZES = ("failed", "rows", "wants_gradient", "target", "target values", "mask")
+_SIZES = ("rows", "wants_gradient", "target", "target values", "mask")
+_WHAT = {"loss": "loss", "reduction": "reduction", "mode": "training, evaluation or accumulate()"}
+NUMBERS = len(_ALIKE) + len(_SIZES)
 
 # Kinds of what a rank has for its rows, in the numbers of a notice; 0 stands for nothing.
 _BY_ROW, _BY_ELEMENT, _PACKED_WORDS, _ENTRIES, _LISTED_ENTRIES = 1, 2, 3, 4, 5
@@ -210,10 +212,9 @@ class Notices(NamedTuple):
     most_rows: int
 
 
-def tell_of_an_error(ranks: Ranks, device: torch.device) -> None:
-    """Tell the other ranks not to wait, since this one has bad arguments."""
-    numbers = dict.fromkeys(_SIZES, 0) | {"failed": 1}
-    ranks.numbers([0] * len(_ALIKE) + list(numbers.values()), device)
+def numbers_are_told(shard: LabelShard, whole_target: bool) -> bool:
+    """Whether ranks have to tell each other numbers: not where they can work them out."""
+    return not whole_target or shard.row_group is not None
 
 
 def tell(own: OwnRows, mode: int, wants_gradient: bool, ranks: Ranks) -> Notices:
@@ -236,7 +237,6 @@ def tell(own: OwnRows, mode: int, wants_gradient: bool, ranks: Ranks) -> Notices
         kind = own.kinds.get(name, 0)
         alike[name] = 0 if kind == 0 or value is None else _code(kind, value)
     sizes = {
-        "failed": 0,
         "rows": len(own.hidden),
         "wants_gradient": int(wants_gradient),
         "target": _entries(target, len(own.hidden)),
@@ -250,13 +250,14 @@ def tell(own: OwnRows, mode: int, wants_gradient: bool, ranks: Ranks) -> Notices
 
 
 def _read(told: list[list[list[int]]], alike: dict[str, int], ranks: Ranks) -> Notices:
-    for place, numbers in enumerate(number for of_labels in told for number in of_labels):
-        if dict(zip(_SIZES, numbers[len(_ALIKE) :], strict=True))["failed"]:
-            raise RuntimeError(f"rank {place} of the head has bad arguments: see its own error")
-        for name, other in zip(_ALIKE, numbers, strict=False):
-            if other != alike[name]:
-                what = f"the format and dtype of {name}" if name in _ALIKE[3:] else f"the {name}"
-                raise ValueError(f"{what} must be the same on all ranks: rank {place} has another")
+    for of_labels in told:
+        for place, numbers in enumerate(of_labels):
+            for name, other in zip(_ALIKE, numbers, strict=False):
+                if other != alike[name]:
+                    raise ValueError(
+                        f"{_WHAT.get(name, f'format and dtype of {name}')} must be the same on all "
+                        f"ranks, but rank {place} has another"
+                    )
     sizes = [
         [dict(zip(_SIZES, numbers[len(_ALIKE) :], strict=True)) for numbers in of_labels]
         for of_labels in told
@@ -298,7 +299,7 @@ def share(own: OwnRows, mode: int, wants_gradient: bool, shard: LabelShard) -> B
     """
     ranks = Ranks(shard.process_group, shard.row_group)
     size = dist.get_world_size(shard.process_group)
-    if own.whole_target and ranks.rows is None:
+    if not numbers_are_told(shard, own.whole_target):
         target = own.labels.target
         whole = target.data.shape[0] if target.offsets is None else target.offsets.shape[0] - 1
         spread = [even_range(whole, place, size) for place in range(size)]

@@ -93,19 +93,19 @@ def _nested(dense: Tensor) -> Tensor:
 
 
 _FORMATS = {
-    "dense": lambda dense, soft: dense,  # noqa: ARG005
-    "float": lambda dense, soft: dense.float(),  # noqa: ARG005
-    "soft": lambda dense, soft: soft.bfloat16(),  # noqa: ARG005
+    "dense": lambda dense, soft: dense,
+    "float": lambda dense, soft: dense.float(),
+    "soft": lambda dense, soft: soft.bfloat16(),
     "missing": _missing,
-    "sparse": lambda dense, soft: SparseLabels(*_entries(dense)),  # noqa: ARG005
-    "padded": lambda dense, soft: _padded(dense),  # noqa: ARG005
+    "sparse": lambda dense, soft: SparseLabels(*_entries(dense)),
+    "padded": lambda dense, soft: _padded(dense),
     "soft entries": _soft_entries,
     "listed": lambda dense, soft: _soft_entries(dense, soft)._replace(observed_only=True),
-    "csr": lambda dense, soft: dense.float().to_sparse_csr(),  # noqa: ARG005
-    "nested": lambda dense, soft: _nested(dense),  # noqa: ARG005
-    "packed": lambda dense, soft: PackedLabels.pack(dense),  # noqa: ARG005
-    "row": lambda dense, soft: dense[:, :1],  # noqa: ARG005
-    "labels": lambda dense, soft: torch.arange(dense.shape[1]) % 3 != 0,  # noqa: ARG005
+    "csr": lambda dense, soft: dense.float().to_sparse_csr(),
+    "nested": lambda dense, soft: _nested(dense),
+    "packed": lambda dense, soft: PackedLabels.pack(dense),
+    "row": lambda dense, soft: dense[:, :1],
+    "labels": lambda dense, soft: torch.arange(dense.shape[1]) % 3 != 0,
 }
 
 
