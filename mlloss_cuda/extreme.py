@@ -23,6 +23,7 @@ from .optimizer import (
     take_step,
 )
 from .ranks import ALONE, ProcessGroup, Ranks, SharedRows
+from .sharded_state import Layout
 from .sharding import LabelShard, as_group, shard_of
 from .targets import FLOATING_DTYPES, LabelsLike, stand_in
 
@@ -154,6 +155,7 @@ class ExtremeLinear(torch.nn.Module):
         shared["weight_decay"] = weight_decay
         _check_group(shared)
         self.shard = shard_of(num_labels, process_group, device_mesh)
+        self._device_mesh = device_mesh
         self.in_features, self.num_labels, self.chunk = in_features, num_labels, chunk
         self.rule, self.rounding, self.seed, self.steps = optimizer, rounding, seed, 0
         own_labels = num_labels if self.shard is None else self.shard.width
@@ -570,14 +572,43 @@ class ExtremeLinear(torch.nn.Module):
             if own != found:
                 raise ValueError(f"the state is that of a head with {what}={found}, not {own}")
 
+    def _layout(self) -> Layout | None:
+        """How the tensors of the state are spread, if they are."""
+        if self.shard is None:
+            return None
+        return Layout(self.shard, self._device_mesh, self.weight.device.type)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep: bool) -> None:
+        """Save what is spread over ranks as DTensors."""
+        super()._save_to_state_dict(destination, prefix, keep)
+        layout = self._layout()
+        if layout is not None:
+            for name in self._state_names(destination, prefix):
+                destination[name] = layout.whole(destination[name])
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        """Look at everything before anything changes."""
+        """Look at everything before anything changes.
+
+        Of DTensors, and of the tensors of a head of one process, take the labels of this rank.
+        """
         extra = state_dict.get(f"{prefix}_extra_state")
         if extra is not None:
             self._check_extra_state(extra)
+        layout = self._layout()
+        if layout is not None:
+            own = {
+                name: layout.own(state_dict[name], name)
+                for name in self._state_names(state_dict, prefix)
+            }
+            state_dict = {**state_dict, **own}
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _state_names(self, state: dict[str, Any], prefix: str) -> list[str]:
+        """The names of the tensors of this head in a state."""
+        own = (*self._parameters, *self._buffers)
+        return [f"{prefix}{name}" for name in own if f"{prefix}{name}" in state]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExtremeLinear:
         """Move or convert; states keep the dtype that goes with that of the weights."""

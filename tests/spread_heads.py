@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed.checkpoint as checkpoint
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
-from mlloss_cuda import ExtremeLinear, PackedLabels, SparseLabels
+from mlloss_cuda import ExtremeLinear, PackedLabels, SparseLabels, extreme_topk
 from tests.processes import Rank
 
 FEATURES = 5
@@ -180,3 +182,65 @@ def train(head: ExtremeLinear, setup: Setup, place: int, *, steps: int = 2) -> R
 
 def run(rank: Rank, setups: list[Setup]) -> list[Result]:
     return [train(make(s, process_group=rank.group), s, rank.place) for s in setups]
+
+
+def run_on_mesh(rank: Rank, setups: list[Setup], data: int) -> list[Result]:
+    """The same over a mesh of data x labels."""
+    return [train(make(s, device_mesh=_mesh(rank, data)), s, rank.place) for s in setups]
+
+
+def _mesh(rank: Rank, data: int) -> DeviceMesh:
+    ranks = torch.arange(rank.count).view(data, -1)
+    return DeviceMesh("cpu", ranks, mesh_dim_names=("data", "labels"))
+
+
+def best(
+    rank: Rank, setups: list[Setup], ks: list[int], explicit: bool
+) -> list[tuple[Tensor, Tensor]]:
+    """The top labels of a rank's rows; their logits have few different values."""
+    results = []
+    for setup in setups:
+        head = round_weights(make(setup, process_group=rank.group))
+        first = sum(setup.counts[: rank.place])
+        hidden = hidden_of(setup, 0).round()[first : first + setup.counts[rank.place]]
+        for k in ks:
+            if explicit:
+                results.append(head.topk(hidden, k))
+            else:
+                group = rank.group
+                results.append(
+                    extreme_topk(hidden, head.weight, head.bias, k, process_group=group)
+                )
+    return results
+
+
+def round_weights(head: ExtremeLinear) -> ExtremeLinear:
+    head.weight.data.mul_(4).round_()
+    return head
+
+
+def save(rank: Rank, setup: Setup, folder: str, mesh: bool) -> None:
+    """Train two steps and write a checkpoint."""
+    spread = {"device_mesh": _mesh(rank, 2)} if mesh else {"process_group": rank.group}
+    head = make(setup, **spread)
+    train(head, setup, rank.place)
+    head.optimizer.param_groups[0]["lr"] = 0.0625
+    checkpoint.save(head.state_dict(), checkpoint_id=folder, process_group=rank.group)
+
+
+def resume(rank: Rank, setup: Setup, folder: str) -> Result:
+    """Read the checkpoint of another number of ranks, and go on."""
+    head = make(setup, process_group=rank.group)
+    state = head.state_dict()
+    checkpoint.load(state, checkpoint_id=folder, process_group=rank.group)
+    head.load_state_dict(state)
+    assert head.steps == 2
+    return train(head, setup, rank.place)
+
+
+def resume_alone(head: ExtremeLinear, setup: Setup, folder: str) -> Result:
+    state = head.state_dict()
+    checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    head.load_state_dict(state)
+    assert head.steps == 2
+    return train(head, setup, 0)
