@@ -47,24 +47,24 @@ class Ranks:
 
     Args:
         labels: a process group, each of whose ranks holds some of the labels, or None.
-        rows: a process group, each of whose ranks holds some of the rows, or None.
+        rows: process groups, each of whose ranks hold some of the rows: one for each way in which
+            they are spread.
     """
 
-    def __init__(
-        self, labels: ProcessGroup | None = None, rows: ProcessGroup | None = None
-    ) -> None:
-        self.labels, self.rows = labels, rows
+    def __init__(self, labels: ProcessGroup | None = None, *rows: ProcessGroup) -> None:
+        self.labels = labels
+        of_labels = () if labels is None else (labels,)
         self._groups = {
-            "labels": [labels],
-            "rows": [rows],
-            "elements": [labels, rows],
-            "nothing": [],
+            "labels": of_labels,
+            "rows": rows,
+            "elements": of_labels + rows,
+            "nothing": (),
         }
 
     @property
     def alone(self) -> bool:
         """Whether there are no others."""
-        return self.labels is None and self.rows is None
+        return not self._groups["elements"]
 
     def add(self, values: Tensor, over: str) -> Tensor:
         """Add up what ranks have: over ``'labels'``, ``'rows'``, both (``'elements'``) or nothing.
@@ -72,13 +72,12 @@ class Ranks:
         The gradient of `values` is that of the sum, which each rank computes for itself.
         """
         for group in self._groups[over]:
-            if group is not None:
-                values = _Sum.apply(values, group)
+            values = _Sum.apply(values, group)
         return values
 
     def add_each(self, first: Tensor, second: Tensor, over: str) -> tuple[Tensor, Tensor]:
         """:meth:`add` for two 0-d numbers, in a single exchange."""
-        if all(group is None for group in self._groups[over]):
+        if not self._groups[over]:
             return first, second
         sums = self.add(torch.stack([first, second]), over)
         return sums[0], sums[1]
