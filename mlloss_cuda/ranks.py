@@ -86,11 +86,11 @@ class Ranks:
         """The largest over the labels, as a constant; NaN is larger than all."""
         return gathered(values, self.labels).amax(dim=0)
 
-    def owns(self, values: Tensor) -> Tensor:
-        """Where this rank is the first of those whose value is the largest: bool."""
+    def first_largest(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`largest`, and where this rank is the first one that has it: bool."""
         ranks = gathered(values, self.labels)
         place = 0 if self.labels is None else dist.get_rank(self.labels)
-        return ranks.argmax(dim=0) == place
+        return ranks.amax(dim=0), ranks.argmax(dim=0) == place
 
     def with_others(self, values: Tensor) -> Tensor:
         """Put ``[N, K]`` of all label shards side by side: ``[N, ranks * K]``.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -121,20 +122,31 @@ def part_of(problem: Problem, begin: int, end: int) -> Problem:
     )
 
 
+@functools.cache
+def nccl_group(count: int) -> Any:
+    """The first ranks, each with a GPU of its own."""
+    return dist.new_group(range(count), backend="nccl", use_local_synchronization=True)
+
+
 def run(rank: Rank, calls: list[Call], backend: str) -> list[tuple[Tensor, Tensor, Tensor | None]]:
     """Loss, this rank's part of the gradient, and the gradient of the threshold."""
     results = []
+    device, group = torch.device("cpu"), rank.group
+    if backend == "cuda":
+        device = torch.device("cuda", rank.place)
+        torch.cuda.set_device(device)
+        group = nccl_group(rank.count)
     with use_backend(backend):
         for call in calls:
             problem = problem_of(call)
             num_labels = problem.input.shape[-1]
             begin, end = bounds(num_labels, rank.count, call.kind)[rank.place : rank.place + 2]
-            part = part_of(problem, begin, end)
+            part = part_of(problem, begin, end).to(device)
             part.options["process_group"] = (
-                LabelShard(num_labels, begin, end, rank.group) if call.explicit else rank.group
+                LabelShard(num_labels, begin, end, group) if call.explicit else group
             )
             # Views would be sent with all of their storage.
-            results.append(tuple(None if x is None else x.clone() for x in part.run()))
+            results.append(tuple(None if x is None else x.cpu().clone() for x in part.run()))
     return results
 
 

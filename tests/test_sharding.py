@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import mlloss_cuda
@@ -44,8 +45,9 @@ def _judge_call(
     assert gradient.shape == problem.input.shape
     gradient = gradient.reshape(expected.gradient.shape)
     assert_gradient(gradient, expected.gradient, expected.gradient_magnitude)
-    with use_backend(backend):
-        whole = problem.run()
+    with use_backend(backend) as place:
+        on_device = problem.to(place.device)
+        whole = [None if one is None else one.cpu() for one in on_device.run()]
     compared = [
         (loss, whole[0], expected.loss_magnitude),
         (gradient, whole[1].reshape(gradient.shape), expected.gradient_magnitude),
@@ -106,6 +108,15 @@ def test_table_emulated(loss: Loss, ranks: Processes) -> None:
         if "labels=4097" not in call.name and "labels=1023" not in call.name
     ]
     judge(calls, "emulated", 3, ranks)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("count", [1, 2])
+@cases.every_loss
+def test_table_nccl(loss: Loss, count: int, ranks: Processes) -> None:
+    if torch.cuda.device_count() < count or not dist.is_nccl_available():
+        pytest.skip(f"fewer than {count} GPUs, or no NCCL")
+    judge(calls_of(loss, count, dtype=None, every=3), "cuda", count, ranks)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
