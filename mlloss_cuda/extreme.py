@@ -407,9 +407,7 @@ class ExtremeLinear(torch.nn.Module):
 
     @property
     def _ranks(self) -> Ranks:
-        if self.shard is None:
-            return ALONE
-        return Ranks(self.shard.process_group, self.shard.row_group)
+        return ALONE if self.shard is None else self.shard.ranks()
 
     def _parameters_by_name(self) -> Iterator[tuple[str, Tensor]]:
         yield "weight", self.weight
@@ -478,7 +476,7 @@ class ExtremeLinear(torch.nn.Module):
         takes = [self._stepper(number, name, scale) for number, name in enumerate(names)]
         number_of_step = self.steps + 1
         dtype = linear.weight_gradient_dtype(layer)
-        if ranks.rows is not None:
+        if ranks.rows:
             dtype = reference.compute_dtype(layer.hidden)  # of what is added up
         memory = torch.empty(layer.step * self.in_features, dtype=dtype, device=self.weight.device)
 

@@ -65,11 +65,11 @@ def sigmoid_cross_entropy(
             number of rows). A zero denominator gives loss 0 and gradient 0.
         normalizer: number or 0-d tensor, a denominator instead of the one of ``reduction``
             (which must be left at ``'mean'`` or ``'sum'``).
-        process_group: where the labels are spread over ranks of ``torch.distributed``, and input has
-            those of this rank: their ``ProcessGroup``, or a :class:`LabelShard`. The loss is that
-            of all labels, on every rank, and the gradient this rank's part. Rows are the same on
-            all ranks. Sparse targets and masks hold the ids of all labels, everything else has
-            the columns of input. None for a ``DTensor``, which knows its ranks.
+        process_group: where labels are spread over ranks of ``torch.distributed``, and input has
+            those of this rank, of the same rows as on the others: the ``ProcessGroup``, or a
+            :class:`LabelShard`. The loss is that of all labels, on every rank, and the gradient
+            this rank's part of it. Sparse targets and masks hold ids of all labels, everything
+            else has the columns of input. A ``DTensor`` knows its ranks: leave this at None.
         inplace_backward: whether the forward pass shall compute the gradient as well and write it
             over ``input``, which saves the memory of a gradient and one reading of everything. For
             logits that nobody needs afterwards: they must be computed (no leaf), viewable as

@@ -89,6 +89,25 @@ def cut_columns(labels: Labels, begin: int, end: int, num_labels: int, name: str
     return labels._replace(data=own.indices, offsets=own.offsets, values=own.values)
 
 
+def rows_of(labels: SparseLabels, begin: int, end: int) -> SparseLabels:
+    """Return the rows [begin, end) of labels, without waiting for a GPU."""
+    indices, offsets, values, _ = labels
+    own = offsets[begin : end + 1]
+    if contents_may_be_checked(indices):
+        first, last = (int(own[0]), int(own[-1])) if len(own) else (0, 0)
+        return labels._replace(
+            indices=indices[first:last],
+            offsets=own - first,
+            values=None if values is None else values[first:last],
+        )
+    # What belongs to other rows is padding of the first and last ones.
+    places = torch.arange(len(indices), device=indices.device)
+    indices = torch.where((places >= own[0]) & (places < own[-1]), indices, -1)
+    own = own.clone()
+    own[0], own[-1] = 0, len(indices)
+    return labels._replace(indices=indices, offsets=own)
+
+
 class LabelParts:
     """The columns [0, width), [width, 2 width), ... of a target or mask.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .sharding import Group
 from .targets import LabelsLike
 
 
@@ -66,6 +67,7 @@ class SigmoidCrossEntropyLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
         inplace_backward: bool = False,
         grad_scale: Tensor | float = 1.0,
     ) -> None:
@@ -75,6 +77,7 @@ class SigmoidCrossEntropyLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
             inplace_backward=inplace_backward,
             grad_scale=grad_scale,
         )
@@ -111,6 +114,7 @@ class BinaryCrossEntropyLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
         inplace_backward: bool = False,
         grad_scale: Tensor | float = 1.0,
     ) -> None:
@@ -121,6 +125,7 @@ class BinaryCrossEntropyLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
             inplace_backward=inplace_backward,
             grad_scale=grad_scale,
         )
@@ -158,6 +163,7 @@ class SigmoidFocalLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
         inplace_backward: bool = False,
         grad_scale: Tensor | float = 1.0,
     ) -> None:
@@ -169,6 +175,7 @@ class SigmoidFocalLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
             inplace_backward=inplace_backward,
             grad_scale=grad_scale,
         )
@@ -207,6 +214,7 @@ class AsymmetricLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
         inplace_backward: bool = False,
         grad_scale: Tensor | float = 1.0,
     ) -> None:
@@ -219,6 +227,7 @@ class AsymmetricLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
             inplace_backward=inplace_backward,
             grad_scale=grad_scale,
         )
@@ -255,6 +264,7 @@ class MultilabelCategoricalCrossentropy(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
         inplace_backward: bool = False,
         grad_scale: Tensor | float = 1.0,
     ) -> None:
@@ -263,6 +273,7 @@ class MultilabelCategoricalCrossentropy(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
             inplace_backward=inplace_backward,
             grad_scale=grad_scale,
         )
@@ -299,6 +310,7 @@ class MultilabelRankingLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
         inplace_backward: bool = False,
         grad_scale: Tensor | float = 1.0,
     ) -> None:
@@ -306,6 +318,7 @@ class MultilabelRankingLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
             inplace_backward=inplace_backward,
             grad_scale=grad_scale,
         )
@@ -345,6 +358,7 @@ class MultilabelSoftmaxCrossEntropy(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__(
             normalize_target=normalize_target,
@@ -353,6 +367,7 @@ class MultilabelSoftmaxCrossEntropy(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
         )
 
     def forward(
@@ -385,12 +400,14 @@ class MultilabelMarginLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__(
             margin=margin,
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
         )
 
     def forward(
@@ -427,6 +444,7 @@ class TverskyLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__(
             from_logits=from_logits,
@@ -437,6 +455,7 @@ class TverskyLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
         )
 
     def forward(
@@ -469,6 +488,7 @@ class DiceLoss(_Loss):
         ignore_index: float | None = None,
         reduction: str = "mean",
         normalizer: Tensor | float | None = None,
+        process_group: Group = None,
     ) -> None:
         super().__init__(
             from_logits=from_logits,
@@ -477,6 +497,7 @@ class DiceLoss(_Loss):
             ignore_index=ignore_index,
             reduction=reduction,
             normalizer=normalizer,
+            process_group=process_group,
         )
 
     def forward(

@@ -48,24 +48,24 @@ class Ranks:
 
     Args:
         labels: a process group, each of whose ranks holds some of the labels, or None.
-        rows: a process group, each of whose ranks holds some of the rows, or None.
+        rows: process groups, each of whose ranks hold some of the rows: one for each way in which
+            they are spread.
     """
 
-    def __init__(
-        self, labels: ProcessGroup | None = None, rows: ProcessGroup | None = None
-    ) -> None:
+    def __init__(self, labels: ProcessGroup | None = None, *rows: ProcessGroup) -> None:
         self.labels, self.rows = labels, rows
+        of_labels = () if labels is None else (labels,)
         self._groups = {
-            "labels": [labels],
-            "rows": [rows],
-            "elements": [labels, rows],
-            "nothing": [],
+            "labels": of_labels,
+            "rows": rows,
+            "elements": of_labels + rows,
+            "nothing": (),
         }
 
     @property
     def alone(self) -> bool:
         """Whether there are no others."""
-        return self.labels is None and self.rows is None
+        return not self._groups["elements"]
 
     def add(self, values: Tensor, over: str) -> Tensor:
         """Add up what ranks have: over ``'labels'``, ``'rows'``, both (``'elements'``) or nothing.
@@ -73,21 +73,21 @@ class Ranks:
         The gradient of `values` is that of the sum, which each rank computes for itself.
         """
         for group in self._groups[over]:
-            if group is not None:
-                values = _Sum.apply(values, group)
+            values = _Sum.apply(values, group)
         return values
 
     def add_each(self, first: Tensor, second: Tensor, over: str) -> tuple[Tensor, Tensor]:
         """:meth:`add` for two 0-d numbers, in a single exchange."""
-        if all(group is None for group in self._groups[over]):
+        if not self._groups[over]:
             return first, second
         sums = self.add(torch.stack([first, second]), over)
         return sums[0], sums[1]
 
     def sum_over_rows(self, gradient: Tensor) -> None:
         """Add up, in place, what ranks with other rows have: something large, of the same shape."""
-        if self.rows is not None and gradient.numel() > 0:
-            dist.all_reduce(gradient, group=self.rows)
+        if gradient.numel() > 0:
+            for group in self.rows:
+                dist.all_reduce(gradient, group=group)
 
     def numbers(self, own: Sequence[int], device: torch.device) -> list[list[list[int]]]:
         """Return numbers of all ranks, by rank of `rows`, then of `labels`.
@@ -116,22 +116,23 @@ class Ranks:
             raise
 
     def _told(self, own: list[int], device: torch.device) -> list[list[list[int]]]:
-        groups = [group for group in (self.labels, self.rows) if group is not None]
-        if all("cpu" in dist.get_backend_config(group) for group in groups):
+        if all("cpu" in dist.get_backend_config(group) for group in self._groups["elements"]):
             device = torch.device("cpu")
-        tensor = torch.tensor(own, dtype=torch.int64, device=device)
-        told: list[list[list[int]]] = gathered(gathered(tensor, self.labels), self.rows).tolist()
+        tensor = gathered(torch.tensor(own, dtype=torch.int64, device=device), self.labels)[None]
+        for group in self.rows:
+            tensor = gathered(tensor, group).flatten(0, 1)
+        told: list[list[list[int]]] = tensor.tolist()
         return told
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest over the labels, as a constant; NaN is larger than all."""
         return gathered(values, self.labels).amax(dim=0)
 
-    def owns(self, values: Tensor) -> Tensor:
-        """Where this rank is the first of those whose value is the largest: bool."""
+    def first_largest(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`largest`, and where this rank is the first one that has it: bool."""
         ranks = gathered(values, self.labels)
         place = 0 if self.labels is None else dist.get_rank(self.labels)
-        return ranks.argmax(dim=0) == place
+        return ranks.amax(dim=0), ranks.argmax(dim=0) == place
 
     def with_others(self, values: Tensor) -> Tensor:
         """Put ``[N, K]`` of all label shards side by side: ``[N, ranks * K]``.

@@ -651,8 +651,8 @@ def multilabel_softmax_cross_entropy(
     # LSE(x) - x = (largest - x) + log1p(others) nor in the gradient of a confident positive. Its
     # own derivatives are those of `rise`, which is 0; one rank has it.
     own, is_largest = _largest_of_rows(x)
-    largest = ranks.largest(own)
-    is_largest = is_largest & ranks.owns(own)[:, None]
+    largest, is_here = ranks.first_largest(own)
+    is_largest = is_largest & is_here[:, None]
     empty = largest == -math.inf
     largest = torch.where(empty, 0.0, largest)
     rise = torch.where(is_largest & ~x.isinf(), x - x.detach(), 0.0)

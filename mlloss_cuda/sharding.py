@@ -8,8 +8,8 @@ each other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -21,15 +21,12 @@ from .ranks import ALONE, ProcessGroup, Ranks, gathered
 from .targets import (
     OBSERVED,
     PLAIN_TENSORS,
-    Labels,
     LabelsLike,
     PackedLabels,
     SparseLabels,
     contents_may_be_checked,
     debugging,
-    labels_from_layout,
     normalize_mask,
-    normalize_sparse,
     normalize_target,
     stand_in,
 )
@@ -109,6 +106,10 @@ class LabelShard:
         """How many labels this rank has."""
         return self.end - self.begin
 
+    def ranks(self) -> Ranks:
+        """Those that a loss talks to."""
+        return Ranks(self.process_group, *([] if self.row_group is None else [self.row_group]))
+
     def split(self, labels: LabelsLike) -> LabelsLike:
         """Return the columns of this rank of labels that have all columns.
 
@@ -119,37 +120,29 @@ class LabelShard:
         Raises:
             TypeError, ValueError: an argument has a wrong type, shape or value.
         """
-        if isinstance(labels, PackedLabels):
-            return self._split_packed(labels)
-        if _is_sparse(labels):
-            tensor = labels.indices if isinstance(labels, SparseLabels) else labels
-            rows = labels.num_rows if isinstance(labels, SparseLabels) else len(labels)
-            like = torch.empty((), device=tensor.device)
-            whole = stand_in((rows,), self.num_labels, like)
-            if isinstance(labels, Tensor):
-                labels = labels_from_layout(labels, whole, "labels")
-            assert isinstance(labels, SparseLabels)
-            checked = normalize_sparse(labels, whole, "labels")
-            return columns_of(
-                _sparse_of(checked), self.begin, self.width, self.num_labels, "labels"
-            )
-        if not isinstance(labels, Tensor):
-            raise TypeError(
-                "labels must be a tensor, SparseLabels or PackedLabels, got "
-                f"{type(labels).__name__}"
-            )
-        if labels.dim() == 0 or labels.shape[-1] != self.num_labels:
-            raise ValueError(
-                f"labels must have {self.num_labels} columns, got shape {list(labels.shape)}"
-            )
-        return labels[..., self.begin : self.end]
+        return split_labels(labels, self, "labels")
 
-    def _split_packed(self, labels: PackedLabels) -> PackedLabels:
-        if labels.num_labels != self.num_labels:
-            raise ValueError(
-                f"labels.num_labels must be {self.num_labels}, got {labels.num_labels}"
-            )
-        return PackedLabels(packed_columns(labels.words, self.begin, self.end), self.width)
+
+def split_labels(labels: LabelsLike, shard: LabelShard, name: str) -> LabelsLike:
+    """Return the columns of a shard; `name` is that of the argument. See `LabelShard.split`."""
+    begin, end, num_labels = shard.begin, shard.end, shard.num_labels
+    if is_sparse(labels):
+        tensor = labels.indices if isinstance(labels, SparseLabels) else labels
+        rows = labels.num_rows if isinstance(labels, SparseLabels) else len(labels)
+        like = torch.empty((), device=tensor.device)
+        whole = checked_sparse(labels, name, (rows,), num_labels, like, None)
+        return columns_of(whole, begin, shard.width, num_labels, name)
+    if isinstance(labels, PackedLabels):
+        if labels.num_labels != num_labels:
+            raise ValueError(f"{name}.num_labels must be {num_labels}, got {labels.num_labels}")
+        return PackedLabels(packed_columns(labels.words, begin, end), shard.width)
+    if not isinstance(labels, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, SparseLabels or PackedLabels, got {type(labels).__name__}"
+        )
+    if labels.dim() == 0 or labels.shape[-1] != num_labels:
+        raise ValueError(f"{name} must have {num_labels} columns, got shape {list(labels.shape)}")
+    return labels[..., begin:end]
 
 
 def shard_of(
@@ -257,10 +250,13 @@ def over_shards(
     else:
         call, arguments_of_call = _over_group, (loss, input, target, process_group)
     if torch.compiler.is_compiling():
-        # Collectives between the kernels are not for the compiler, which could only copy them.
-        call = torch.compiler.disable(
-            call, reason="mlloss_cuda runs losses over several ranks outside of graphs"
+        # Collectives between kernels: nothing that a compiler could make better. With
+        # fullgraph=True, this raises and says so.
+        torch._dynamo.graph_break(
+            msg="mlloss_cuda runs losses over several ranks outside of graphs, not with "
+            "fullgraph=True"
         )
+        call = torch.compiler.disable(call)
     return call(*arguments_of_call, **options)
 
 
@@ -272,71 +268,91 @@ def _over_group(
     **options: Any,
 ) -> Tensor:
     arguments.check_input(input)
-    if isinstance(process_group, LabelShard):
-        shard = process_group
-        if input.shape[-1] != shard.width:
-            raise ValueError(
-                f"input must have the {shard.width} labels of the shard [{shard.begin}, "
-                f"{shard.end}), got shape {list(input.shape)}"
-            )
-        ranks = Ranks(shard.process_group, shard.row_group)
-    else:
-        shard, ranks = None, Ranks(as_group(process_group, "process_group"))
+    ranks = _ranks_of_group(input, process_group, "input")
     if debugging():
         check_alike(loss, input, ranks, options)
-    sparse: dict[str, tuple[Labels, int]] = {}
-    for name, labels in (("target", target), ("mask", options.get("mask"))):
-        if labels is None or not _is_sparse(labels):
-            continue
-        width = labels.shape[-1] if isinstance(labels, Tensor) and not labels.is_nested else 0
-        whole = stand_in(input.shape[:-1], width, input)
-        if name == "target":
-            checked = normalize_target(labels, whole, options.get("ignore_index"))
-        else:
-            mask = normalize_mask(labels, whole)
-            assert mask is not None
-            checked = mask
-        sparse[name] = checked, width
-    if sparse:
-        begin, num_labels = _bounds(shard, input, ranks)
-        for name, (checked, width) in sparse.items():
-            _check_width(width, num_labels, name)
-            own = columns_of(_sparse_of(checked), begin, input.shape[-1], num_labels, name)
-            if name == "target":
-                target = own
-            else:
-                options["mask"] = own
-    return loss(input, target, process_group=ranks, **options)
+    own: dict[str, Any] = {
+        name: labels
+        for name, labels in (("target", target), ("mask", options.get("mask")))
+        if is_sparse(labels)
+    }
+    if own:
+        begin, num_labels = _bounds(input, process_group, ranks)
+        for name, labels in own.items():
+            ignore_index = options.get("ignore_index") if name == "target" else None
+            whole = checked_sparse(
+                *(labels, name, input.shape[:-1], num_labels, input, ignore_index)
+            )
+            own[name] = columns_of(whole, begin, input.shape[-1], num_labels, name)
+    target = own.pop("target", target)
+    return loss(input, target, process_group=ranks, **(options | own))
 
 
-def _sparse_of(labels: Labels) -> SparseLabels:
-    assert labels.offsets is not None
-    return SparseLabels(labels.data, labels.offsets, labels.values, labels.format == OBSERVED)
-
-
-def _is_sparse(labels: object) -> bool:
+def is_sparse(labels: object) -> TypeGuard[SparseLabels | Tensor]:
+    """Whether a target or mask lists ids."""
     if isinstance(labels, SparseLabels):
         return True
     return isinstance(labels, Tensor) and (labels.layout != torch.strided or labels.is_nested)
 
 
+def checked_sparse(
+    labels: Any,
+    name: str,
+    leading: Sequence[int],
+    num_labels: int | Tensor,
+    like: Tensor,
+    ignore_index: float | None,
+) -> SparseLabels:
+    """Check a sparse target or mask of logits ``[*leading, num_labels]``, and make it plain.
+
+    Raises:
+        TypeError, ValueError: as the losses do.
+    """
+    # A GPU that knows the number of labels is not waited for; the matrix has one, too.
+    width = labels.shape[-1] if isinstance(labels, Tensor) and not labels.is_nested else 0
+    width = num_labels if isinstance(num_labels, int) else width
+    logits = stand_in(leading, width, like)
+    if name == "mask":
+        checked = normalize_mask(labels, logits)
+    else:
+        checked = normalize_target(labels, logits, ignore_index)
+    assert checked is not None
+    assert checked.offsets is not None
+    return SparseLabels(checked.data, checked.offsets, checked.values, checked.format == OBSERVED)
+
+
+def label_range(
+    input: Tensor, process_group: ProcessGroup | LabelShard | None, name: str
+) -> tuple[Ranks, int | Tensor, int | Tensor]:
+    """Return who else has labels of input, its first label, and the number of all labels."""
+    if process_group is None:
+        return ALONE, 0, input.shape[-1]
+    ranks = _ranks_of_group(input, process_group, name)
+    return ranks, *_bounds(input, process_group, ranks)
+
+
+def _ranks_of_group(input: Tensor, process_group: ProcessGroup | LabelShard, name: str) -> Ranks:
+    if not isinstance(process_group, LabelShard):
+        return Ranks(as_group(process_group, "process_group"))
+    shard = process_group
+    if input.shape[-1] != shard.width:
+        raise ValueError(
+            f"{name} must have the {shard.width} labels of the shard [{shard.begin}, "
+            f"{shard.end}), got shape {list(input.shape)}"
+        )
+    return shard.ranks()
+
+
 def _bounds(
-    shard: LabelShard | None, input: Tensor, ranks: Ranks
+    input: Tensor, process_group: ProcessGroup | LabelShard, ranks: Ranks
 ) -> tuple[int | Tensor, int | Tensor]:
     """First label of this rank and number of all labels; those of a GPU are not waited for."""
-    if shard is not None:
-        return shard.begin, shard.num_labels
+    if isinstance(process_group, LabelShard):
+        return process_group.begin, process_group.num_labels
     own = torch.full((), input.shape[-1], dtype=torch.int64, device=input.device)
     widths = gathered(own, ranks.labels)
     before, total = widths[: dist.get_rank(ranks.labels)].sum(), widths.sum()
     return (int(before), int(total)) if contents_may_be_checked(input) else (before, total)
-
-
-def _check_width(width: int, num_labels: int | Tensor, name: str) -> None:
-    if width != 0 and isinstance(num_labels, int) and width != num_labels:
-        raise ValueError(
-            f"{name} must have the {num_labels} columns of all ranks together, got {width}"
-        )
 
 
 def check_alike(

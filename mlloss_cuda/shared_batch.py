@@ -18,8 +18,8 @@ from torch import Tensor
 from . import arguments, linear
 from .label_parts import cut_columns
 from .linear import CheckedLabels, LossOptions
-from .ranks import Ranks, SharedRows
-from .sharding import LabelShard, even_range
+from .ranks import SharedRows
+from .sharding import LabelShard, even_range, is_sparse
 from .targets import (
     DENSE,
     OBSERVED,
@@ -172,7 +172,7 @@ def _check_spread(own: int, rows: int, shard: LabelShard) -> None:
 
 
 def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_nested
+    return isinstance(value, Tensor) and not is_sparse(value)
 
 
 def _has_rows(value: Tensor, given: Tensor) -> bool:
@@ -217,7 +217,7 @@ def numbers_are_told(shard: LabelShard, whole_target: bool) -> bool:
     return not whole_target or shard.row_group is not None
 
 
-def tell(own: OwnRows, mode: int, wants_gradient: bool, ranks: Ranks) -> Notices:
+def tell(own: OwnRows, mode: int, wants_gradient: bool, shard: LabelShard) -> Notices:
     """Tell the other ranks how many rows there are, and what is sent.
 
     Raises:
@@ -243,13 +243,13 @@ def tell(own: OwnRows, mode: int, wants_gradient: bool, ranks: Ranks) -> Notices
         "target values": 0 if target.values is None else max(target.values.element_size(), 4),
         "mask": 0 if mask is None else _entries(mask, len(own.hidden)),
     }
-    told = ranks.numbers(
+    told = shard.ranks().numbers(
         [*(alike[name] for name in _ALIKE), *(sizes[name] for name in _SIZES)], own.hidden.device
     )
-    return _read(told, alike, ranks)
+    return _read(told, alike, shard)
 
 
-def _read(told: list[list[list[int]]], alike: dict[str, int], ranks: Ranks) -> Notices:
+def _read(told: list[list[list[int]]], alike: dict[str, int], shard: LabelShard) -> Notices:
     for of_labels in told:
         for place, numbers in enumerate(of_labels):
             for name, other in zip(_ALIKE, numbers, strict=False):
@@ -262,7 +262,7 @@ def _read(told: list[list[list[int]]], alike: dict[str, int], ranks: Ranks) -> N
         [dict(zip(_SIZES, numbers[len(_ALIKE) :], strict=True)) for numbers in of_labels]
         for of_labels in told
     ]
-    own = 0 if ranks.rows is None else dist.get_rank(ranks.rows)
+    own = 0 if shard.row_group is None else dist.get_rank(shard.row_group)
     most = max(sum(of_rank["rows"] for of_rank in of_labels) for of_labels in sizes)
     return Notices(sizes[own], most)
 
@@ -297,7 +297,6 @@ def share(own: OwnRows, mode: int, wants_gradient: bool, shard: LabelShard) -> B
         ValueError: ranks give what does not go together.
         RuntimeError: another rank has bad arguments.
     """
-    ranks = Ranks(shard.process_group, shard.row_group)
     size = dist.get_world_size(shard.process_group)
     if not numbers_are_told(shard, own.whole_target):
         target = own.labels.target
@@ -306,7 +305,7 @@ def share(own: OwnRows, mode: int, wants_gradient: bool, shard: LabelShard) -> B
         sizes = [{"rows": end - begin} for begin, end in spread]
         notices = Notices(sizes, whole)
     else:
-        notices = tell(own, mode, wants_gradient, ranks)
+        notices = tell(own, mode, wants_gradient, shard)
         wants_gradient = any(of_rank["wants_gradient"] for of_rank in notices.sizes)
     counts = [of_rank["rows"] for of_rank in notices.sizes]
     rows = SharedRows(counts, shard.process_group)

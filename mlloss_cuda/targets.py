@@ -598,8 +598,7 @@ def _normalize_packed(labels: PackedLabels, input: Tensor, name: str) -> Labels:
     return Labels(words, None, None, PACKED)
 
 
-def normalize_sparse(labels: SparseLabels, input: Tensor, name: str) -> Labels:
-    """Check sparse labels against `input` ``[..., C]``, of which C does not matter here."""
+def _normalize_sparse(labels: SparseLabels, input: Tensor, name: str) -> Labels:
     indices, offsets, values, observed_only = labels
     if not isinstance(observed_only, bool):
         raise TypeError(f"{name}.observed_only must be a bool, got {type(observed_only).__name__}")
@@ -657,7 +656,7 @@ def check_strided(tensor: Tensor, name: str) -> None:
         raise TypeError(f"{name} must be a dense (strided) tensor, got {kind} {tensor.layout}")
 
 
-def labels_from_layout(labels: Tensor, input: Tensor, name: str) -> LabelsLike:
+def _labels_from_layout(labels: Tensor, input: Tensor, name: str) -> LabelsLike:
     """Turn the sparse and nested tensors that a loss takes into ``SparseLabels``."""
     if labels.layout == torch.sparse_csr:
         return _labels_from_csr(labels, input, name)
@@ -715,7 +714,7 @@ def normalize_target(target: LabelsLike, input: Tensor, ignore_index: float | No
             (where they may be looked at), or `ignore_index` with a target that is not dense.
     """
     if isinstance(target, Tensor) and (target.layout != torch.strided or target.is_nested):
-        target = labels_from_layout(target, input, "target")
+        target = _labels_from_layout(target, input, "target")
     if isinstance(target, (SparseLabels, PackedLabels)):
         if ignore_index is not None:
             raise ValueError(
@@ -723,7 +722,7 @@ def normalize_target(target: LabelsLike, input: Tensor, ignore_index: float | No
             )
         if isinstance(target, PackedLabels):
             return _normalize_packed(target, input, "target")
-        labels = normalize_sparse(target, input, "target")
+        labels = _normalize_sparse(target, input, "target")
         if labels.values is not None and contents_may_be_checked(labels.values):
             # Values of padding are ignored as their ids are.
             values = torch.where(labels.data >= 0, labels.values, 0.0)
@@ -756,7 +755,7 @@ def normalize_mask(mask: LabelsLike | None, input: Tensor, name: str = "mask") -
         return None
     if isinstance(mask, Tensor) and (mask.layout != torch.strided or mask.is_nested):
         is_csr = mask.layout == torch.sparse_csr
-        mask = labels_from_layout(mask, input, name)
+        mask = _labels_from_layout(mask, input, name)
         if is_csr and isinstance(mask, SparseLabels) and mask.values is not None:
             indices = torch.where(mask.values != 0, mask.indices, -1)
             mask = SparseLabels(indices, mask.offsets)
@@ -765,7 +764,7 @@ def normalize_mask(mask: LabelsLike | None, input: Tensor, name: str = "mask") -
             raise ValueError(
                 f"{name}.values must be None: a mask selects, it does not weigh; use weight="
             )
-        labels = normalize_sparse(mask, input, name)
+        labels = _normalize_sparse(mask, input, name)
         return labels if labels.format == SPARSE else labels._replace(format=SPARSE)
     if isinstance(mask, PackedLabels):
         return _normalize_packed(mask, input, name)

@@ -6,12 +6,16 @@ import torch
 from torch import Tensor
 
 from . import arguments
+from .ranks import ProcessGroup, Ranks, gathered
+from .sharding import LabelShard, label_range
 
 # [N, labels] that a class below makes, orders and turns into scores and labels again.
 Ordered = tuple[Tensor, ...]
 
 
-def top_labels(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def top_labels(
+    scores: Tensor, k: int, *, process_group: ProcessGroup | LabelShard | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the k largest scores of each row and their labels.
 
     Unlike ``torch.topk``, which may pick any of several equal scores.
@@ -19,6 +23,9 @@ def top_labels(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Args:
         scores: ``[..., C]``, floating.
         k: 1 to C.
+        process_group: where labels are spread over ranks of ``torch.distributed``, and scores has
+            those of this rank: see :func:`mlloss_cuda.sigmoid_cross_entropy`. Every rank then
+            returns the best ones of all labels.
 
     Returns:
         Scores ``[..., k]`` in descending order, of the dtype of scores, and labels ``[..., k]``,
@@ -34,13 +41,35 @@ def top_labels(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     arguments.check_input(scores, "scores", "scores")
     arguments.integer(k, "k", 1)
-    if k > scores.shape[-1]:
-        raise ValueError(f"k must be at most the number of labels, {scores.shape[-1]}, got {k}")
+    ranks, begin, num_labels = label_range(scores, process_group, "scores")
+    if not isinstance(num_labels, Tensor) and k > num_labels:
+        raise ValueError(f"k must be at most the number of labels, {num_labels}, got {k}")
     order = order_of(scores.dtype)
     rows = arguments.as_rows(scores.detach())
-    values, labels = order.scores_and_labels(order.best(order.of(rows, 0), k))
+    own = min(k, scores.shape[-1])
+    values, labels = order.scores_and_labels(order.best(order.of(rows, 0), own))
+    values, labels = best_of_ranks(values.to(scores.dtype), labels + begin, k, ranks)
     shape = (*scores.shape[:-1], k)
-    return values.to(scores.dtype).view(shape), labels.view(shape)
+    return values.view(shape), labels.view(shape)
+
+
+def best_of_ranks(scores: Tensor, labels: Tensor, k: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Return the k best of what ranks have found among their labels: ``[N, k]`` on each of them.
+
+    Args:
+        scores: ``[N, at most k]``, of this rank.
+        labels: those of the scores, among all labels.
+        k: at most the number of labels.
+        ranks: the others.
+    """
+    if ranks.labels is None:
+        return scores, labels
+    filler = k - scores.shape[1]
+    scores = torch.nn.functional.pad(scores, (0, filler))
+    labels = torch.nn.functional.pad(labels, (0, filler), value=-1)
+    return merge_top_labels(
+        gathered(scores, ranks.labels).unbind(), gathered(labels, ranks.labels).unbind(), k
+    )
 
 
 def merge_top_labels(

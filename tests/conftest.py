@@ -23,6 +23,7 @@ import torch
 
 from mlloss_cuda import arguments, build_information, label_parts, ops, targets
 from tests.emulation.build import load_or_skip
+from tests.processes import Processes
 
 THREAD_ORDERS = ("ascending", "descending", "shuffled")
 
@@ -175,3 +176,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Processes]:
+    """Processes of ``torch.distributed``."""
+    processes = Processes()
+    yield processes
+    processes.stop()

@@ -208,9 +208,7 @@ def best(
                 results.append(head.topk(hidden, k))
             else:
                 group = rank.group
-                results.append(
-                    extreme_topk(hidden, head.weight, head.bias, k, process_group=group)
-                )
+                results.append(extreme_topk(hidden, head.weight, head.bias, k, process_group=group))
     return results
 
 

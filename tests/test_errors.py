@@ -93,6 +93,13 @@ BAD_CALLS: list[tuple[tuple[Loss, ...], dict[str, Any], type[Exception], str]] =
         "(input|probs) must be a dense .* layout",
     ),
     (ALL, {"input": torch.tensor(1.0)}, ValueError, r"(input|probs) must have shape \[..., C\]"),
+    # process_group
+    (
+        LOSSES,
+        {"process_group": "gloo"},
+        TypeError,
+        r"process_group must be a torch\.distributed\.ProcessGroup .*, got str",
+    ),
     # target
     (ALL, {"target": [[1, 0, 0, 0, 0]]}, TypeError, "target must be a tensor, .* got list"),
     (ALL, {"target": None}, TypeError, "target must be .* got NoneType"),
