@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from mlloss_cuda import ExtremeLinear, PackedLabels, SparseLabels, extreme_topk
-from tests.processes import Rank
+from mlloss_cuda import (
+    ExtremeLinear,
+    PackedLabels,
+    SparseLabels,
+    arguments,
+    debug_checks,
+    extreme_topk,
+    label_parts,
+    targets,
+)
+from tests.conftest import use_backend
+from tests.processes import MOST, Rank
 
 FEATURES = 5
 
@@ -80,9 +94,8 @@ def _soft_entries(dense: Tensor, soft: Tensor) -> SparseLabels:
 
 
 def _padded(dense: Tensor) -> SparseLabels:
-    width = setup_width = dense.shape[1]
-    ids = torch.where(dense, torch.arange(setup_width), -1)
-    return SparseLabels.from_padded(ids.view(-1, width).int())
+    ids = torch.where(dense, torch.arange(dense.shape[1]), -1)
+    return SparseLabels.from_padded(ids.int())
 
 
 def _missing(dense: Tensor, soft: Tensor) -> Tensor:
@@ -149,8 +162,7 @@ class Result(NamedTuple):
 def train(head: ExtremeLinear, setup: Setup, place: int, *, steps: int = 2) -> Result:
     """Take the steps of a rank, or of a head of one process (whose setup has one rank)."""
     losses, gradients = [], []
-    first = sum(setup.counts[:place])
-    rows = slice(first, first + setup.counts[place])
+    rows = _rows(setup, place)
     everything = slice(None)
     shard = head.shard
     columns = everything if shard is None else slice(shard.begin, shard.end)
@@ -180,16 +192,20 @@ def train(head: ExtremeLinear, setup: Setup, place: int, *, steps: int = 2) -> R
     return Result(losses, gradients, state | dict(head.named_buffers()))
 
 
-def run(rank: Rank, setups: list[Setup]) -> list[Result]:
-    return [train(make(s, process_group=rank.group), s, rank.place) for s in setups]
-
-
-def run_on_mesh(rank: Rank, setups: list[Setup], data: int) -> list[Result]:
-    """The same over a mesh of data x labels."""
-    return [train(make(s, device_mesh=_mesh(rank, data)), s, rank.place) for s in setups]
+def run(
+    rank: Rank, setups: list[Setup], backend: str = "cpu", data: int | None = None
+) -> list[Result]:
+    """Train heads over all ranks or, with `data`, over a mesh of so many times some of them."""
+    spread: dict[str, Any] = {"process_group": rank.group}
+    if data is not None:
+        spread = {"device_mesh": _mesh(rank, data)}
+    with use_backend(backend):
+        return [train(make(setup, **spread), setup, rank.place) for setup in setups]
 
 
 def _mesh(rank: Rank, data: int) -> DeviceMesh:
+    # Groups are made by all processes of torch.distributed together.
+    assert rank.count == MOST
     ranks = torch.arange(rank.count).view(data, -1)
     return DeviceMesh("cpu", ranks, mesh_dim_names=("data", "labels"))
 
@@ -201,14 +217,13 @@ def best(
     results = []
     for setup in setups:
         head = round_weights(make(setup, process_group=rank.group))
-        first = sum(setup.counts[: rank.place])
-        hidden = hidden_of(setup, 0).round()[first : first + setup.counts[rank.place]]
+        hidden = hidden_of(setup, 0).round()[_rows(setup, rank.place)]
         for k in ks:
             if explicit:
                 results.append(head.topk(hidden, k))
             else:
-                group = rank.group
-                results.append(extreme_topk(hidden, head.weight, head.bias, k, process_group=group))
+                own = head.weight, head.bias, k
+                results.append(extreme_topk(hidden, *own, process_group=rank.group))
     return results
 
 
@@ -217,9 +232,27 @@ def round_weights(head: ExtremeLinear) -> ExtremeLinear:
     return head
 
 
-def save(rank: Rank, setup: Setup, folder: str, mesh: bool) -> None:
+def evaluate(rank: Rank, setup: Setup) -> tuple[Tensor, Tensor, int]:
+    """Losses without a step: in evaluation mode, and without gradients; steps taken."""
+    head = make(setup, process_group=rank.group)
+    rows = _rows(setup, rank.place)
+    hidden, target = hidden_of(setup, 0)[rows], labels_of(setup, setup.target, 0, rows)
+    with torch.no_grad():
+        first = head.loss(hidden, target, **setup.options)
+    head.eval()
+    second = head.loss(hidden.requires_grad_(), target, **setup.options)
+    assert not second.requires_grad
+    return first, second, head.steps
+
+
+# ---- State ---------------------------------------------------------------------------------------
+
+
+def save(rank: Rank, setup: Setup, folder: str, data: int | None) -> None:
     """Train two steps and write a checkpoint."""
-    spread = {"device_mesh": _mesh(rank, 2)} if mesh else {"process_group": rank.group}
+    spread: dict[str, Any] = {"process_group": rank.group}
+    if data is not None:
+        spread = {"device_mesh": _mesh(rank, data)}
     head = make(setup, **spread)
     train(head, setup, rank.place)
     head.optimizer.param_groups[0]["lr"] = 0.0625
@@ -229,16 +262,178 @@ def save(rank: Rank, setup: Setup, folder: str, mesh: bool) -> None:
 def resume(rank: Rank, setup: Setup, folder: str) -> Result:
     """Read the checkpoint of another number of ranks, and go on."""
     head = make(setup, process_group=rank.group)
-    state = head.state_dict()
-    checkpoint.load(state, checkpoint_id=folder, process_group=rank.group)
-    head.load_state_dict(state)
-    assert head.steps == 2
-    return train(head, setup, rank.place)
+    return go_on(head, setup, rank.place, folder, process_group=rank.group)
 
 
-def resume_alone(head: ExtremeLinear, setup: Setup, folder: str) -> Result:
+def go_on(head: ExtremeLinear, setup: Setup, place: int, folder: str, **how: Any) -> Result:
+    """Go on from a checkpoint of two steps."""
     state = head.state_dict()
-    checkpoint.load(state, checkpoint_id=folder, no_dist=True)
+    checkpoint.load(state, checkpoint_id=folder, **how)
     head.load_state_dict(state)
     assert head.steps == 2
-    return train(head, setup, 0)
+    return train(head, setup, place)
+
+
+def take_over(rank: Rank, setup: Setup, state: dict[str, Any]) -> tuple[list[str], Result]:
+    """Go on from the state of a head of one process, and of a copy of the head; its placements."""
+    head = make(setup, process_group=rank.group)
+    module = torch.nn.ModuleDict({"head": head})
+    module.load_state_dict({f"head.{name}": value for name, value in state.items()})
+    module = copy.deepcopy(module)
+    placed = [
+        f"{name} {list(value.shape)} {value.placements}"
+        for name, value in module.state_dict().items()
+        if isinstance(value, DTensor)
+    ]
+    return placed, train(module["head"], setup, rank.place)
+
+
+# ---- Odd cases -----------------------------------------------------------------------------------
+
+
+def initial(rank: Rank, setups: list[Setup]) -> list[Tensor]:
+    """The weights that heads begin with, and a random number drawn after them."""
+    weights = [make(setup, process_group=rank.group).weight.data for setup in setups]
+    return [*weights, torch.rand(1)]
+
+
+def several_dimensions(rank: Rank, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Hidden states ``[2, K, d]``, only those of the first rank with a gradient."""
+    setup = Setup(counts=tuple(2 * count for count in counts))
+    head = make(setup, process_group=rank.group)
+    rows = _rows(setup, rank.place)
+    hidden = hidden_of(setup, 0)[rows].view(2, -1, FEATURES).requires_grad_(rank.place == 0)
+    target = labels_of(setup, "packed", 0, rows)
+    words = target.words.view(2, -1, target.words.shape[-1])
+    head.loss(hidden, PackedLabels(words, setup.labels)).backward()
+    gradient = hidden.grad if hidden.grad is not None else torch.empty(0)
+    return gradient.reshape(-1, FEATURES), head.weight.data
+
+
+def errors(rank: Rank) -> list[str]:
+    """What each rank says where some have bad arguments; a call that is right after each."""
+    setup = Setup(labels=6, counts=(2, 2))
+    head = make(setup, process_group=rank.group)
+    hidden = torch.ones(2, FEATURES, dtype=torch.float64)
+    first = rank.place == 0
+    none = SparseLabels.from_lists([[], []])
+    dense = torch.zeros(2, 6)
+
+    def loss(target: Any = none, hidden: Tensor = hidden, **options: Any) -> Any:
+        return head.loss(hidden, target, **options)
+
+    calls: list[Callable[[], Any]] = [
+        lambda: loss(SparseLabels.from_lists([[6 if first else 0], []])),
+        lambda: loss(hidden=hidden[:, 1:] if first else hidden),
+        lambda: loss(dense[:, 1:] if first else dense),
+        lambda: loss(dense if first else none),
+        lambda: loss(dense if first else dense.bool()),
+        lambda: loss(mask=dense.bool() if first else None),
+        lambda: loss(weight=dense if first else None),
+        lambda: loss(reduction="sum" if first else "mean"),
+        lambda: loss(loss="multilabel_categorical_crossentropy") if first else loss(),
+        lambda: loss() if first else head.eval().loss(hidden, none),
+        lambda: loss(pos_weight=torch.ones(5)),
+        lambda: loss(whole_target=True),
+        lambda: loss(whole_target=1),
+        lambda: loss(dense, whole_target=True, hidden=hidden[:1]).item(),
+        lambda: head.topk(hidden, 2 if first else 3),
+        lambda: head.topk(hidden[:, 1:] if first else hidden, 3),
+        lambda: head.topk(hidden, 7),
+        lambda: extreme_topk(hidden, head.weight[1:], None, 1, process_group=head.shard),
+        lambda: head(hidden),
+        lambda: head.load_state_dict(head.state_dict() | {"bias": torch.zeros(3)}),
+        lambda: ExtremeLinear(3, 4, device_mesh=rank.group),
+        lambda: ExtremeLinear(3, 4, process_group="world"),
+    ]
+    said = []
+    for call in calls:
+        try:
+            said.append(f"nothing: {call()}")
+        except Exception as error:
+            said.append(f"{type(error).__name__}: {error}")
+        head.train()
+        loss()
+    return said
+
+
+def mesh_errors(rank: Rank) -> list[str]:
+    """What is said of meshes."""
+    mesh = _mesh(rank, 2)
+    said = []
+    for arguments_of_head in (
+        {"process_group": rank.group, "device_mesh": mesh},
+        {"device_mesh": DeviceMesh("cpu", torch.arange(rank.count).view(2, 2, 1))},
+    ):
+        with pytest.raises(ValueError, match="mesh") as caught:
+            ExtremeLinear(3, 4, **arguments_of_head)
+        said.append(str(caught.value))
+    return said
+
+
+def looks(rank: Rank, loss: str, whole_target: bool) -> int:
+    """How often a step looks at numbers of tensors, which waits for a GPU."""
+    setup = Setup(counts=(2, 2))
+    head = make(setup, process_group=rank.group)
+    rows = slice(None) if whole_target else _rows(setup, rank.place)
+    target = labels_of(setup, "soft entries", 0, rows)
+    mask = labels_of(setup, "mask sparse", 0, rows)
+    hidden = hidden_of(setup, 0)[_rows(setup, rank.place)].requires_grad_()
+    count = 0
+
+    def counted(name: str) -> Callable[..., Any]:
+        original = getattr(Tensor, name)
+
+        def look(*given: Any) -> Any:
+            nonlocal count
+            count += 1
+            return original(*given)
+
+        return look
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (arguments, label_parts, targets):
+            patch.setattr(module, "contents_may_be_checked", lambda _: False)
+        for name in ("item", "__bool__", "__int__", "__float__", "__index__", "tolist", "nonzero"):
+            patch.setattr(Tensor, name, counted(name))
+        head.loss(hidden, target, mask=mask, loss=loss, whole_target=whole_target).backward()
+    assert head.steps == 1
+    assert hidden.grad is not None
+    return count
+
+
+def bad_offsets(rank: Rank) -> list[bool]:
+    """Which losses are NaN where contents are not looked at, and one rank's offsets are bad."""
+    setup = Setup(labels=6, counts=(2, 2))
+    results = []
+    for offsets in ([0, 1, 2], [0, 2, 1], [0, 1, 1], [1, 1, 2]):
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (arguments, label_parts, targets):
+                patch.setattr(module, "contents_may_be_checked", lambda _: False)
+            given = offsets if rank.place == 0 else [0, 1, 2]
+            target = SparseLabels(torch.tensor([3, 5]), torch.tensor(given))
+            head = make(setup, process_group=rank.group).eval()
+            loss = head.loss(torch.ones(2, FEATURES, dtype=torch.float64), target)
+            results.append(bool(loss.isnan()))
+    return results
+
+
+def debugged(rank: Rank) -> str:
+    """What is said of a target outside [0, 1] among the rows of the first rank."""
+    head = make(Setup(labels=6), process_group=rank.group)
+    target = torch.zeros(2, 6)
+    if rank.place == 0:
+        target[1, 5] = 2.0
+    debug_checks(True)
+    try:
+        head.loss(torch.ones(2, FEATURES, dtype=torch.float64), target)
+    except ValueError as error:
+        return str(error)
+    finally:
+        debug_checks(False)
+    return ""
+
+
+def _rows(setup: Setup, place: int) -> slice:
+    first = sum(setup.counts[:place])
+    return slice(first, first + setup.counts[place])
