@@ -229,7 +229,7 @@ def test_random_bits_belong_to_elements(data: int | None, ranks: Processes) -> N
 def test_low_precision(loss: str, ranks: Processes) -> None:
     """What is computed is the same up to rounding, and nearly all is rounded alike."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        head = {"dtype": dtype, "optimizer": "adamw", "chunk": 32}
+        head = {"dtype": dtype, "momentum": 0.9, "chunk": 32}
         if dtype != torch.float32:
             head["rounding"] = "stochastic"
         setup = Setup(head=head, options={"loss": loss, "loss_scale": 1024.0}, counts=ROWS[4])
