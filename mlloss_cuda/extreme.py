@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from . import arguments, linear, reference, topk
+from . import arguments, linear, reference, shared_batch, topk
 from .linear import HiddenGradient, Layer, Sweep
 from .optimizer import (
     ROUNDINGS,
@@ -21,7 +22,13 @@ from .optimizer import (
     state_dtype,
     take_step,
 )
+from .ranks import ALONE, ProcessGroup, Ranks, SharedRows
+from .sharded_state import Layout
+from .sharding import LabelShard, as_group, shard_of
 from .targets import FLOATING_DTYPES, LabelsLike, stand_in
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 # The losses of a head, and whether a single part of the labels saves a product.
 LOSSES = {"sigmoid_cross_entropy": False, "multilabel_categorical_crossentropy": True}
@@ -31,6 +38,9 @@ _LOSS_ARGUMENTS = {
     "sigmoid_cross_entropy": (*_SHARED_ARGUMENTS, "pos_weight", "label_smoothing"),
     "multilabel_categorical_crossentropy": (*_SHARED_ARGUMENTS, "threshold"),
 }
+
+# Weights that are drawn at a time where labels are spread, whatever the number of ranks.
+_DRAWN_AT_ONCE = 1 << 24
 
 _DEFAULT_EPS = {"adagrad": 1e-10, "adamw": 1e-8}
 _DEFAULT_BETAS = (0.9, 0.999)
@@ -66,10 +76,15 @@ class ExtremeLinear(torch.nn.Module):
         seed: of stochastic rounding, whose random bits depend on seed, step and element alone.
         device: where to keep everything.
         chunk: labels of a part; None: see :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
+        process_group: ranks of ``torch.distributed`` that share the labels: each keeps, as by
+            ``torch.chunk``, ceil(C / ranks) of them, or fewer at the end. See :meth:`loss`.
+        device_mesh: the same as a ``DeviceMesh`` of one dimension; or one of two, data and labels:
+            ranks that have the same labels then add up their gradients for every step.
 
     Attributes:
-        weight: ``[C, d]``.
-        bias: ``[C]`` or None.
+        weight: ``[C, d]``; with `process_group`, of the labels of this rank.
+        bias: ``[C]`` or None; the same.
+        shard: the :class:`LabelShard` of this rank, or None.
         optimizer: a ``torch.optim.Optimizer`` with the ``param_groups`` of weight and bias, for
             learning-rate schedulers.
         steps: how many have been taken.
@@ -105,6 +120,8 @@ class ExtremeLinear(torch.nn.Module):
         seed: int = 0,
         device: torch.device | str | None = None,
         chunk: int | None = None,
+        process_group: ProcessGroup | None = None,
+        device_mesh: DeviceMesh | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("in_features", in_features), ("num_labels", num_labels)):
@@ -137,13 +154,16 @@ class ExtremeLinear(torch.nn.Module):
             shared["betas"] = _DEFAULT_BETAS if betas is None else betas
         shared["weight_decay"] = weight_decay
         _check_group(shared)
+        self.shard = shard_of(num_labels, process_group, device_mesh)
+        self._device_mesh = device_mesh
         self.in_features, self.num_labels, self.chunk = in_features, num_labels, chunk
         self.rule, self.rounding, self.seed, self.steps = optimizer, rounding, seed, 0
-        weight = torch.empty(num_labels, in_features, dtype=dtype, device=device)
+        own_labels = num_labels if self.shard is None else self.shard.width
+        weight = torch.empty(own_labels, in_features, dtype=dtype, device=device)
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
         self.bias: torch.nn.Parameter | None
         if bias:
-            self.bias = torch.nn.Parameter(weight.new_empty(num_labels), requires_grad=False)
+            self.bias = torch.nn.Parameter(weight.new_empty(own_labels), requires_grad=False)
         else:
             self.register_parameter("bias", None)
         groups = [{"params": [self.weight], **shared}]
@@ -159,9 +179,16 @@ class ExtremeLinear(torch.nn.Module):
         self._accumulates = False
 
     def reset_parameters(self) -> None:
-        """Draw weights from U(-1/sqrt(d), 1/sqrt(d)), as torch.nn.Linear does; the rest is 0."""
+        """Draw weights from U(-1/sqrt(d), 1/sqrt(d)), as torch.nn.Linear does; the rest is 0.
+
+        Ranks that share the labels all draw those of all labels, and keep their own: on the CPU,
+        from the same random state, the same ones as a head of one process.
+        """
         bound = self.in_features**-0.5
-        torch.nn.init.uniform_(self.weight, -bound, bound)
+        if self.shard is None:
+            torch.nn.init.uniform_(self.weight, -bound, bound)
+        else:
+            self._draw_shard(self.shard, bound)
         if self.bias is not None:
             torch.nn.init.zeros_(self.bias)
         for state in self.buffers(recurse=False):
@@ -169,6 +196,17 @@ class ExtremeLinear(torch.nn.Module):
         self.steps = 0
         # Gradients that wait for the next step: of the weight, and of the bias or None.
         self._pending: tuple[Tensor, Tensor | None] | None = None
+
+    def _draw_shard(self, shard: LabelShard, bound: float) -> None:
+        step = max(_DRAWN_AT_ONCE // self.in_features, 1)
+        for first in range(0, self.num_labels, step):
+            last = min(first + step, self.num_labels)
+            drawn = self.weight.new_empty(last - first, self.in_features)
+            torch.nn.init.uniform_(drawn, -bound, bound)
+            begin, end = max(first, shard.begin), min(last, shard.end)
+            if begin < end:
+                own = self.weight.data[begin - shard.begin : end - shard.begin]
+                own.copy_(drawn[begin - first : end - first])
 
     def extra_repr(self) -> str:
         """List what the head was made with."""
@@ -182,13 +220,24 @@ class ExtremeLinear(torch.nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return all logits ``[..., C]`` of ``hidden`` ``[..., d]``: for small cases."""
+        if self.shard is not None:
+            raise RuntimeError(
+                "the logits of all labels are nowhere: the labels of this head are spread over "
+                "ranks; use topk"
+            )
         return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
     def topk(self, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k largest logits and their labels, see :func:`extreme_topk`."""
-        linear.check_hidden(hidden)
-        hidden = hidden.detach().to(self.weight.dtype)
-        return extreme_topk(hidden, self.weight, self.bias, k, chunk=self.chunk)
+        """Return the k largest logits and their labels, see :func:`extreme_topk`.
+
+        Where labels are spread over ranks, each gives rows of its own, and gets the best of all
+        labels for them.
+        """
+        if isinstance(hidden, Tensor) and hidden.is_floating_point():
+            hidden = hidden.detach().to(self.weight.dtype)
+        return extreme_topk(
+            *(hidden, self.weight, self.bias, k), chunk=self.chunk, process_group=self.shard
+        )
 
     def loss(
         self,
@@ -199,6 +248,7 @@ class ExtremeLinear(torch.nn.Module):
         mask: LabelsLike | None = None,
         grad_scale: Tensor | float = 1.0,
         loss_scale: float = 1.0,
+        whole_target: bool = False,
         **loss_arguments: Any,
     ) -> Tensor:
         """Return the loss, and in training mode take the optimizer's step for weight and bias.
@@ -217,6 +267,14 @@ class ExtremeLinear(torch.nn.Module):
         (out of memory, as a rule) leaves the head as it was; after a later one, parts have theirs
         and parts do not.
 
+        With labels spread over ranks, all of them call this at the same time, each with rows of its
+        own, as many as it has or none: ``hidden``, and ``target``, ``mask``, ``threshold`` and
+        ``weight`` of these rows for all C labels (label ids count from 0 to C). What has no rows,
+        numbers and tensors ``[C]`` or ``[labels of the shard]``, is the same on all ranks. Every
+        rank gets the loss of all rows, and the gradient of that loss by its own ``hidden`` (and
+        ``threshold``). An encoder under DDP, which averages gradients over the ranks, wants
+        the loss times the number of ranks.
+
         Args:
             hidden: ``[..., d]``, floating; converted to the dtype of the weights (that of autocast,
                 if it is on).
@@ -227,6 +285,9 @@ class ExtremeLinear(torch.nn.Module):
             loss_scale: what gradients of logits are multiplied by while they are held in low
                 precision, and divided by again: a power of two for fp16, whose smallest number is
                 6e-8. The gradient of the mean over 1000 rows and 1,000,000 labels is below 1e-9.
+            whole_target: where labels are spread, whether target and mask are those of the rows of
+                all ranks, in their order; rows are then spread as by ``torch.chunk``, and ranks
+                need not tell each other what they have.
             loss_arguments: other arguments of the loss: ``weight``, ``pos_weight``, ``threshold``,
                 ``reduction`` (not ``'none'``), ``normalizer`` and so on.
 
@@ -234,23 +295,78 @@ class ExtremeLinear(torch.nn.Module):
             The loss, 0-d, fp32 (fp64 for fp64 weights).
 
         Raises:
-            TypeError, ValueError: as in :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
+            TypeError, ValueError: as in :func:`mlloss_cuda.linear_sigmoid_cross_entropy`. Of ranks,
+                one does; the others raise a RuntimeError.
             RuntimeError: from a backward pass with ``create_graph=True``, or a second one.
         """
         call = linear.outside_graphs(self._loss)
-        value: Tensor = call(hidden, target, loss, mask, grad_scale, loss_scale, loss_arguments)
+        options = {"target": target, "mask": mask, "loss": loss, "loss_scale": loss_scale}
+        options |= {"grad_scale": grad_scale, "whole_target": whole_target}
+        value: Tensor = call(hidden, loss_arguments, **options)
         return value
 
     def _loss(
         self,
         hidden: Tensor,
+        loss_arguments: dict[str, Any],
+        *,
         target: LabelsLike,
-        loss: str,
         mask: LabelsLike | None,
+        loss: str,
         grad_scale: Tensor | float,
         loss_scale: float,
-        loss_arguments: dict[str, Any],
+        whole_target: bool,
     ) -> Tensor:
+        arguments.flag(whole_target, "whole_target")
+        training = self.training and torch.is_grad_enabled()
+        given = {**loss_arguments, "grad_scale": grad_scale}
+        rows, ranks = None, ALONE
+        if self.shard is None:
+            layer = self._layer_of(hidden, loss, loss_scale, loss_arguments)
+            shape = hidden.shape[:-1]
+            logits = stand_in(shape, self.num_labels, layer.hidden)
+            labels = linear.check_labels(logits, target, mask, given.pop("ignore_index", None))
+            options = linear.OPTIONS[loss](logits, **given)
+            threshold, wants_gradient = options.of_rows.get("threshold"), hidden.requires_grad
+        else:
+            shard, ranks = self.shard, self._ranks
+            told = ranks.errors_are_told(shared_batch.NUMBERS, self.weight.device)
+            with told if shared_batch.numbers_are_told(shard, whole_target) else nullcontext():
+                layer = self._layer_of(hidden, loss, loss_scale, loss_arguments)
+                own = shared_batch.check(
+                    *(loss, layer.hidden, hidden.shape[:-1], target, mask, given, shard),
+                    whole_target=whole_target,
+                )
+            threshold = own.options.of_rows.get("threshold")
+            mode = training + 2 * self._accumulates
+            batch = shared_batch.share(own, mode, hidden.requires_grad, shard)
+            labels, options, rows = batch.labels, batch.options, batch.rows
+            wants_gradient = batch.wants_gradient
+            layer = linear.cut(
+                *(batch.hidden, layer.weight, layer.bias, self.chunk, batch.most_rows),
+                whole_rows=LOSSES[loss],
+            )
+        if loss_scale != 1:
+            one = torch.ones((), dtype=torch.float64, device=hidden.device)
+            scale = one if options.grad_scale is None else options.grad_scale
+            options = options._replace(grad_scale=scale * loss_scale)
+        sweep = linear.sweep_of(layer, labels, options, ranks)
+        with torch.autocast(hidden.device.type, enabled=False):
+            if not training:
+                with torch.no_grad():
+                    return sweep(layer, None)[0]
+            of_hidden = HiddenGradient(layer, rows) if wants_gradient else None
+            # What comes out requires grad whatever went in, so that every loop can call backward().
+            anchor = torch.zeros((), device=hidden.device, requires_grad=True)
+            value: Tensor = _TrainingStep.apply(
+                self, sweep, layer, loss_scale, of_hidden, rows, hidden, threshold, anchor
+            )
+        return value
+
+    def _layer_of(
+        self, hidden: Tensor, loss: str, loss_scale: float, loss_arguments: dict[str, Any]
+    ) -> Layer:
+        """Check what a loss is called with, and return the layer that its logits come from."""
         arguments.one_of(loss, "loss", tuple(LOSSES))
         linear.check_hidden(hidden)
         for name in loss_arguments:
@@ -258,37 +374,13 @@ class ExtremeLinear(torch.nn.Module):
                 raise TypeError(f"{name} is no argument of loss={loss!r}")
         if loss_arguments.get("reduction") == "none":
             raise ValueError("reduction must not be 'none' here")
-        layer = linear.as_layer(
+        arguments.positive_number(loss_scale, "loss_scale")
+        return linear.as_layer(
             *(hidden.detach().to(self.weight.dtype), self.weight, self.bias, self.chunk),
             whole_rows=LOSSES[loss],
         )
-        shape = hidden.shape[:-1]
-        given = stand_in(shape, self.num_labels, layer.hidden)
-        scale = arguments.gradient_scale(grad_scale, given)
-        arguments.positive_number(loss_scale, "loss_scale")
-        shared = {"mask": mask, **loss_arguments}
-        sweep: Sweep
-        threshold = None
-        if loss == "sigmoid_cross_entropy":
-            sweep = linear.sigmoid_sweep(layer, shape, target, **shared)
-        else:
-            threshold = arguments.row_threshold(shared.pop("threshold", 0.0), given)
-            sweep = linear.zlpr_sweep(layer, shape, target, threshold=threshold, **shared)
-        if loss_scale != 1 or scale is not None:
-            one = torch.ones((), dtype=torch.float64, device=hidden.device)
-            sweep.grad_scale = (one if scale is None else scale) * loss_scale
-        with torch.autocast(hidden.device.type, enabled=False):
-            if not (self.training and torch.is_grad_enabled()):
-                with torch.no_grad():
-                    return sweep(layer, None)[0]
-            # What comes out requires grad whatever went in, so that every loop can call backward().
-            anchor = torch.zeros((), device=hidden.device, requires_grad=True)
-            value: Tensor = _TrainingStep.apply(
-                self, sweep, layer, loss_scale, hidden, threshold, anchor
-            )
-        return value
 
-    @contextlib.contextmanager
+    @contextmanager
     def accumulate(self) -> Iterator[None]:
         """Let calls of :meth:`loss` in this context add up gradients, without taking a step.
 
@@ -312,6 +404,10 @@ class ExtremeLinear(torch.nn.Module):
             self._accumulates = before
 
     # ---- The step ----
+
+    @property
+    def _ranks(self) -> Ranks:
+        return ALONE if self.shard is None else self.shard.ranks()
 
     def _parameters_by_name(self) -> Iterator[tuple[str, Tensor]]:
         yield "weight", self.weight
@@ -351,7 +447,10 @@ class ExtremeLinear(torch.nn.Module):
         )
         # Random bits belong to elements: those of the bias come behind those of the weight.
         columns = self.in_features if name == "weight" else 1
-        first = 0 if name == "weight" else self.weight.numel()
+        first_label = 0 if self.shard is None else self.shard.begin
+        first = first_label * columns
+        if name == "bias":
+            first += self.num_labels * self.in_features
 
         def take(begin: int, end: int, gradient: Tensor) -> None:
             take_step(
@@ -370,21 +469,21 @@ class ExtremeLinear(torch.nn.Module):
         """Run the sweep; return the loss and the gradient of the threshold."""
         if self._accumulates:
             return sweep(layer, self._adder(layer, loss_scale, of_hidden))
+        ranks = self._ranks
         pending = self._pending
         scale = loss_scale if pending is None else 1.0
         names = [name for name, _ in self._parameters_by_name()]
         takes = [self._stepper(number, name, scale) for number, name in enumerate(names)]
         number_of_step = self.steps + 1
-        memory = torch.empty(
-            layer.step * self.in_features,
-            dtype=linear.weight_gradient_dtype(layer),
-            device=self.weight.device,
-        )
+        dtype = linear.weight_gradient_dtype(layer)
+        if ranks.rows:
+            dtype = reference.compute_dtype(layer.hidden)  # of what is added up
+        memory = torch.empty(layer.step * self.in_features, dtype=dtype, device=self.weight.device)
 
         def use(begin: int, end: int, gradient: Tensor) -> None:
             if of_hidden is not None:
                 of_hidden.add(begin, end, gradient)  # by the weights before their step
-            of_weight = memory[: (end - begin) * self.in_features].view(end - begin, -1)
+            of_weight = memory[: (end - begin) * self.in_features].view(-1, self.in_features)
             linear.write_weight_gradient(gradient, layer.hidden, of_weight)
             gradients = [of_weight]
             if self.bias is not None:
@@ -395,6 +494,7 @@ class ExtremeLinear(torch.nn.Module):
                 waiting = None if pending is None else pending[number]
                 if waiting is not None:
                     own = waiting[begin:end].add_(own, alpha=1 / loss_scale)
+                ranks.sum_over_rows(own)
                 takes[number](begin, end, own)
 
         result = sweep(layer, use)
@@ -470,14 +570,43 @@ class ExtremeLinear(torch.nn.Module):
             if own != found:
                 raise ValueError(f"the state is that of a head with {what}={found}, not {own}")
 
+    def _layout(self) -> Layout | None:
+        """How the tensors of the state are spread, if they are."""
+        if self.shard is None:
+            return None
+        return Layout(self.shard, self._device_mesh, self.weight.device.type)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep: bool) -> None:
+        """Save what is spread over ranks as DTensors."""
+        super()._save_to_state_dict(destination, prefix, keep)
+        layout = self._layout()
+        if layout is not None:
+            for name in self._state_names(destination, prefix):
+                destination[name] = layout.whole(destination[name])
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        """Look at everything before anything changes."""
+        """Look at everything before anything changes.
+
+        Of DTensors, and of the tensors of a head of one process, take the labels of this rank.
+        """
         extra = state_dict.get(f"{prefix}_extra_state")
         if extra is not None:
             self._check_extra_state(extra)
+        layout = self._layout()
+        if layout is not None:
+            own = {
+                name: layout.own(state_dict[name], name)
+                for name in self._state_names(state_dict, prefix)
+            }
+            state_dict = {**state_dict, **own}
         super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def _state_names(self, state: dict[str, Any], prefix: str) -> list[str]:
+        """The names of the tensors of this head in a state."""
+        own = (*self._parameters, *self._buffers)
+        return [f"{prefix}{name}" for name in own if f"{prefix}{name}" in state]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ExtremeLinear:
         """Move or convert; states keep the dtype that goes with that of the weights."""
@@ -510,17 +639,20 @@ class _TrainingStep(torch.autograd.Function):
         sweep: Sweep,
         layer: Layer,
         loss_scale: float,
+        of_hidden: HiddenGradient | None,
+        rows: SharedRows | None,
         hidden: Tensor,
         threshold: Tensor | None,
         anchor: Tensor,
     ) -> Tensor:
         del threshold, anchor  # the sweep has the one, nobody needs the other
         ctx.set_materialize_grads(False)
-        of_hidden = HiddenGradient(layer) if ctx.needs_input_grad[4] else None
         loss, of_threshold = head._train(sweep, layer, loss_scale, of_hidden)
+        if of_threshold is not None and rows is not None:
+            of_threshold = rows.own(of_threshold)
         ctx.gradients = (
-            None if of_hidden is None else of_hidden.sum,
-            of_threshold if ctx.needs_input_grad[5] else None,
+            None if of_hidden is None else of_hidden.total(),
+            of_threshold if ctx.needs_input_grad[7] else None,
         )
         ctx.grad_scale, ctx.shape, ctx.dtype = sweep.grad_scale, hidden.shape, hidden.dtype
         return loss
@@ -532,12 +664,12 @@ class _TrainingStep(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_output is None:
-            return (None,) * 7
+            return (None,) * 9
         call = "mlloss_cuda.ExtremeLinear.loss"
         of_hidden, of_threshold = linear.hand_out(ctx, call, grad_output)
         if of_hidden is not None:
             of_hidden = of_hidden.to(ctx.dtype).view(ctx.shape)
-        return None, None, None, None, of_hidden, of_threshold, None
+        return None, None, None, None, None, None, of_hidden, of_threshold, None
 
 
 # ---- Prediction ----------------------------------------------------------------------------------
@@ -550,6 +682,7 @@ def extreme_topk(
     k: int,
     *,
     chunk: int | None = None,
+    process_group: ProcessGroup | LabelShard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the k largest of the logits ``hidden @ weight.T + bias``, which are never all there.
 
@@ -559,6 +692,10 @@ def extreme_topk(
         bias: ``[C]`` or None.
         k: 1 to C.
         chunk: as in :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
+        process_group: where the labels are spread over ranks of ``torch.distributed``: their
+            ``ProcessGroup`` or a :class:`LabelShard`. Weight and bias are then those of the labels
+            of this rank, hidden has rows of its own, as many as it likes, and so has what is
+            returned: the best of the labels of all ranks.
 
     Returns:
         Logits ``[..., k]`` in descending order, of the dtype of hidden (that of autocast, if it is
@@ -566,7 +703,8 @@ def extreme_topk(
         int64. Among equal logits the smallest labels come first; NaN counts as largest.
 
     Raises:
-        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value.
+        TypeError, ValueError: an argument has a wrong type, dtype, shape, device or value. Of
+            ranks, one does; the others raise a RuntimeError.
 
     >>> import torch, mlloss_cuda
     >>> weight = torch.tensor([[1.0], [3.0], [3.0], [2.0]])
@@ -574,21 +712,74 @@ def extreme_topk(
     >>> labels.tolist()
     [[1, 2, 3]]
     """
-    layer = linear.as_layer(hidden, weight, bias, chunk)
-    num_labels = weight.shape[0]
+    with torch.no_grad():
+        if process_group is None:
+            layer = linear.as_layer(hidden, weight, bias, chunk)
+            _check_k(k, weight.shape[0])
+            values, labels = _best(layer, k)
+        else:
+            values, labels = _best_of_ranks(hidden, weight, bias, k, chunk, process_group)
+    shape = (*hidden.shape[:-1], k)
+    return values.view(shape), labels.view(shape)
+
+
+def _check_k(k: int, num_labels: int) -> None:
     arguments.integer(k, "k", 1)
     if k > num_labels:
         raise ValueError(f"k must be at most the number of labels, {num_labels}, got {k}")
+
+
+def _best(layer: Layer, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits, or all, and their labels."""
     best: topk.Ordered | None = None
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.autocast(layer.hidden.device.type, enabled=False):
         order = topk.order_of(layer.hidden.dtype)
         for _, begin, _, logits in layer.logits():
             found = order.best(order.of(logits, begin), k)
             best = found if best is None else order.best(topk.joined(best, found), k)
         assert best is not None
         values, labels = order.scores_and_labels(best)
-    shape = (*hidden.shape[:-1], k)
-    return values.to(layer.hidden.dtype).view(shape), labels.view(shape)
+    return values.to(layer.hidden.dtype), labels
+
+
+def _best_of_ranks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    k: int,
+    chunk: int | None,
+    process_group: ProcessGroup | LabelShard,
+) -> tuple[Tensor, Tensor]:
+    """Every rank finds the best of its labels for the rows of all; owners of rows join them."""
+    shard = process_group if isinstance(process_group, LabelShard) else None
+    group = as_group(process_group if shard is None else shard.process_group, "process_group")
+    ranks = Ranks(group)
+    with ranks.errors_are_told(3, weight.device):
+        layer = linear.as_layer(hidden, weight, bias, chunk)
+        arguments.integer(k, "k", 1)
+        if shard is not None and weight.shape[0] != shard.width:
+            raise ValueError(
+                f"weight must have the {shard.width} labels of the shard [{shard.begin}, "
+                f"{shard.end}), got shape {list(weight.shape)}"
+            )
+    (told,) = ranks.numbers([k, layer.hidden.shape[0], weight.shape[0]], weight.device)
+    if any(other != k for other, _, _ in told):
+        raise ValueError(f"k must be the same on all ranks, got {[other for other, _, _ in told]}")
+    widths = [width for _, _, width in told]
+    _check_k(k, sum(widths))
+    rows = SharedRows([count for _, count, _ in told], group)
+    layer = linear.cut(
+        *(rows.gather(layer.hidden), layer.weight, layer.bias, chunk, sum(rows.counts)),
+        whole_rows=False,
+    )
+    values, labels = _best(layer, k)
+    labels += sum(widths[: dist.get_rank(group)]) if shard is None else shard.begin
+    missing = (0, k - labels.shape[1])
+    values = torch.nn.functional.pad(values, missing)
+    labels = torch.nn.functional.pad(labels, missing, value=-1)
+    return topk.merge_top_labels(
+        list(rows.give_back(values).unbind()), list(rows.give_back(labels).unbind()), k
+    )
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -65,6 +65,30 @@ def columns_of(
     )
 
 
+def packed_columns(words: Tensor, begin: int, end: int) -> Tensor:
+    """Return the labels [begin, end) of words ``[..., ceil(C / 32)]``, as words of their own."""
+    first, last = begin // WORD_BITS, -(-end // WORD_BITS)
+    shift = begin % WORD_BITS
+    if shift == 0 or begin == end:
+        return words[..., first : max(first, last)] if begin < end else words[..., :0]
+    width = -(-(end - begin) // WORD_BITS)
+    # As unsigned numbers: each word ends with the first bits of the next one.
+    bits = words[..., first:last].long() & 0xFFFFFFFF
+    following = torch.nn.functional.pad(bits[..., 1:], (0, 1))
+    return ((bits >> shift) | (following << (WORD_BITS - shift)))[..., :width].to(torch.int32)
+
+
+def cut_columns(labels: Labels, begin: int, end: int, num_labels: int, name: str) -> Labels:
+    """Return the labels [begin, end) of a target or mask of `num_labels`, in the same format."""
+    if labels.format == PACKED:
+        return labels._replace(data=packed_columns(labels.data, begin, end))
+    if labels.offsets is None:
+        return labels._replace(data=labels.data[:, begin:end])
+    sparse = SparseLabels(labels.data, labels.offsets, labels.values)
+    own = columns_of(sparse, begin, end - begin, num_labels, name)
+    return labels._replace(data=own.indices, offsets=own.offsets, values=own.values)
+
+
 def rows_of(labels: SparseLabels, begin: int, end: int) -> SparseLabels:
     """Return the rows [begin, end) of labels, without waiting for a GPU."""
     indices, offsets, values, _ = labels

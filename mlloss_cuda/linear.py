@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import arguments, inplace, ops, reference, row_sums
 from .label_parts import LabelParts, part_width
+from .ranks import ALONE, Ranks, SharedRows, gathered
 from .targets import (
     FLOATING_DTYPES,
     OBSERVED,
@@ -84,6 +85,44 @@ class Layer(NamedTuple):
             yield part, begin, end, out
 
 
+class CheckedLabels(NamedTuple):
+    """Target and mask of some rows and labels.
+
+    Attributes:
+        target: as plain tensors.
+        mask: the same, or None.
+        ignore_index: value of a dense target that means "missing", or None.
+    """
+
+    target: Labels
+    mask: Labels | None
+    ignore_index: float | None
+
+
+class LossOptions(NamedTuple):
+    """The other arguments of a loss, checked, of N rows and C labels.
+
+    Attributes:
+        loss: its name in ``ops.py`` and ``reference.py``.
+        of_elements: what it has for each element, ``[N, C]`` or None, by the names there.
+        of_rows: what it has for each row, ``[N]`` or None.
+        numbers: what else it takes.
+        normalizer: 0-d fp64 or None.
+        reduction: see the losses.
+        grad_scale: 0-d fp64, or None for 1.
+        native: whether kernels serve.
+    """
+
+    loss: str
+    of_elements: dict[str, Tensor | None]
+    of_rows: dict[str, Tensor | None]
+    numbers: dict[str, Any]
+    normalizer: Tensor | None
+    reduction: str
+    grad_scale: Tensor | None
+    native: bool
+
+
 class PartsOfLabels:
     """Target and mask, part by part.
 
@@ -92,18 +131,12 @@ class PartsOfLabels:
         all_observed: whether no label is missing.
     """
 
-    def __init__(
-        self,
-        target: Labels,
-        mask: Labels | None,
-        ignore_index: float | None,
-        num_labels: int,
-        width: int,
-    ) -> None:
+    def __init__(self, labels: CheckedLabels, num_labels: int, width: int) -> None:
+        target, mask, self.ignore_index = labels
         self._target = LabelParts(target, num_labels, width, "target")
         self._mask = None if mask is None else LabelParts(mask, num_labels, width, "mask")
-        self.ignore_index = ignore_index
-        self.all_observed = mask is None and ignore_index is None and target.format != OBSERVED
+        missing = mask is not None or self.ignore_index is not None
+        self.all_observed = not missing and target.format != OBSERVED
 
     def __getitem__(self, part: int) -> tuple[Labels, Labels | None]:
         """Target and mask of a part."""
@@ -138,38 +171,20 @@ class PointwiseSweep:
     """A loss that is a sum over elements.
 
     Args:
-        name: of the loss in ``ops.py`` and ``reference.py``.
         labels: target and mask.
-        constants: what it has for each element, ``[N, C]`` or None, weight among them.
-        numbers: its other arguments.
-        normalizer: 0-d fp64 or None.
-        reduction: not ``'none'``.
-        grad_scale: 0-d fp64, or None for 1.
-        native: whether kernels serve.
+        options: the other arguments; the reduction is not ``'none'``.
+        ranks: those that have the logits of other labels, or of other rows.
     """
 
-    def __init__(
-        self,
-        name: str,
-        labels: PartsOfLabels,
-        *,
-        constants: dict[str, Tensor | None],
-        numbers: dict[str, Any],
-        normalizer: Tensor | None,
-        reduction: str,
-        grad_scale: Tensor | None,
-        native: bool,
-    ) -> None:
-        self._name, self._labels = name, labels
-        self._constants, self._numbers = constants, numbers
-        self._normalizer, self.reduction = normalizer, reduction
-        self.grad_scale, self._native = grad_scale, native
+    def __init__(self, labels: PartsOfLabels, options: LossOptions, ranks: Ranks) -> None:
+        self._labels, self._options, self._ranks = labels, options, ranks
+        self.reduction, self.grad_scale = options.reduction, options.grad_scale
 
     def __call__(self, layer: Layer, use: Use | None) -> tuple[Tensor, Tensor | None]:
         """See :class:`Sweep`."""
         dtype = reference.compute_dtype(layer.hidden)
         options: dict[str, Any] = {"normalizer": None, "reduction": "sum"}
-        if self._normalizer is not None or self.reduction != "sum":
+        if self._options.normalizer is not None or self.reduction != "sum":
             options = {"normalizer": self._denominator(layer), "reduction": "mean"}
         total = layer.hidden.new_zeros((), dtype=torch.float64)
         for part, begin, end, logits in layer.logits():
@@ -177,14 +192,15 @@ class PointwiseSweep:
             total += self._part(logits, *self._labels[part], own, use is not None)
             if use is not None:
                 use(begin, end, logits)
-        return total.to(dtype), None
+        return self._ranks.add(total, "elements").to(dtype), None
 
     def _of_part(self, begin: int, end: int) -> dict[str, Any]:
         constants = {
             name: value if value is None else value[:, begin:end]
-            for name, value in self._constants.items()
+            for name, value in self._options.of_elements.items()
         }
-        return {**constants, **self._numbers, "ignore_index": self._labels.ignore_index}
+        numbers = self._options.numbers
+        return {**constants, **numbers, "ignore_index": self._labels.ignore_index}
 
     def _part(
         self,
@@ -195,27 +211,30 @@ class PointwiseSweep:
         with_gradient: bool,
     ) -> Tensor:
         loss: Tensor
+        name, native = self._options.loss, self._options.native
         if not with_gradient:
-            backend = ops if self._native else reference
-            loss = getattr(backend, self._name)(logits, target, mask, **options)
-        elif self._native:
+            backend = ops if native else reference
+            loss = getattr(backend, name)(logits, target, mask, **options)
+        elif native:
             kernels = ops.over_part(self.grad_scale)
-            loss, _ = getattr(kernels, self._name)(logits, target, mask, **options)
+            loss, _ = getattr(kernels, name)(logits, target, mask, **options)
         else:
-            loss, _ = inplace.overwrite(
-                self._name, logits, target, mask, self.grad_scale, **options
-            )
+            loss, _ = inplace.overwrite(name, logits, target, mask, self.grad_scale, **options)
         return loss
 
     def _denominator(self, layer: Layer) -> Tensor:
         """What the sum is divided by, which the gradients of the first part need already."""
-        if self._normalizer is not None:
-            return self._normalizer
+        if self._options.normalizer is not None:
+            return self._options.normalizer
+        over = "rows" if self.reduction == "batchmean" else "elements"
+        return self._ranks.add(self._own_denominator(layer), over)
+
+    def _own_denominator(self, layer: Layer) -> Tensor:
         rows, num_labels = layer.hidden.shape[0], layer.weight.shape[0]
         known = {"batchmean": rows}
         if self._labels.all_observed:
             known["mean"] = rows * num_labels
-            if self._constants["weight"] is None:
+            if self._options.of_elements["weight"] is None:
                 known |= dict.fromkeys(("mean_nonzero", "weighted_mean"), rows * num_labels)
         like = layer.hidden.new_zeros((), dtype=torch.float64)
         if self.reduction in known:
@@ -226,8 +245,8 @@ class PointwiseSweep:
             logits = zeros[:, : end - begin].expand(rows, -1)
             target, mask = self._labels[part]
             own = {**self._of_part(begin, end), "reduction": self.reduction}
-            if self._native:
-                count = getattr(ops.denominators(), self._name)
+            if self._options.native:
+                count = getattr(ops.denominators(), self._options.loss)
                 like = like + count(logits, target, mask, normalizer=None, **own)
             else:
                 names = ("weight", "ignore_index", "reduction")
@@ -241,44 +260,33 @@ class ZlprSweep:
 
     Args:
         labels: target and mask.
-        threshold: ``[N]``.
-        weight: ``[N]`` or None.
-        normalizer: 0-d fp64 or None.
-        reduction: any; with `use`, not ``'none'``.
-        grad_scale: 0-d fp64, or None for 1.
-        native: whether kernels serve.
+        options: the other arguments; with `use`, the reduction is not ``'none'``.
+        ranks: those that have the logits of other labels, or of other rows.
     """
 
-    def __init__(
-        self,
-        labels: PartsOfLabels,
-        *,
-        threshold: Tensor,
-        weight: Tensor | None,
-        normalizer: Tensor | None,
-        reduction: str,
-        grad_scale: Tensor | None,
-        native: bool,
-    ) -> None:
-        self._labels, self._threshold, self._weight = labels, threshold.detach(), weight
-        self._normalizer, self.reduction = normalizer, reduction
-        self.grad_scale, self._native = grad_scale, native
+    def __init__(self, labels: PartsOfLabels, options: LossOptions, ranks: Ranks) -> None:
+        self._labels, self._ranks = labels, ranks
+        threshold = options.of_rows["threshold"]
+        assert threshold is not None
+        self._threshold, self._weight = threshold.detach(), options.of_rows["weight"]
+        self._normalizer, self.reduction = options.normalizer, options.reduction
+        self.grad_scale, self._native = options.grad_scale, options.native
 
     def __call__(self, layer: Layer, use: Use | None) -> tuple[Tensor, Tensor | None]:
         """See :class:`Sweep`."""
-        if layer.weight.shape[0] <= layer.width:
+        single = layer.weight.shape[0] <= layer.width
+        if single and self._ranks.alone:
             return self._single_part(layer, use)
         dtype = reference.compute_dtype(layer.hidden)
         backend = ops if self._native else reference
         ignore_index = self._labels.ignore_index
-        sums = row_sums.combined(
-            torch.stack(
-                [
-                    backend.row_sums(logits, *self._labels[part], ignore_index)
-                    for part, _, _, logits in layer.logits()
-                ]
-            )
-        )
+        of_parts = []
+        for part, begin, end, logits in layer.logits():
+            of_parts.append(backend.row_sums(logits, *self._labels[part], ignore_index))
+            last = part, begin, end, logits
+        sums = row_sums.combined(torch.stack(of_parts))
+        if self._ranks.labels is not None:
+            sums = row_sums.combined(gathered(sums, self._ranks.labels))
         rows = row_sums.multilabel_categorical_crossentropy(sums, self._threshold)
         losses = rows.losses
         if self._weight is not None:
@@ -286,7 +294,7 @@ class ZlprSweep:
         losses.requires_grad_(use is not None)
         with torch.enable_grad():
             loss = reference.reduce_loss(
-                losses, None, self._weight, self.reduction, self._normalizer
+                losses, None, self._weight, self.reduction, self._normalizer, self._ranks
             )
         if use is None:
             return loss.to(dtype), None
@@ -294,9 +302,9 @@ class ZlprSweep:
         if self.grad_scale is not None:
             grad_rows = grad_rows * self.grad_scale
         statistics, grad = rows.statistics.to(dtype), grad_rows.to(dtype)
-        for part, begin, end, logits in layer.logits():
+        for part, begin, end, logits in [last] if single else layer.logits():
             backend.zlpr_gradient_over(logits, *self._labels[part], ignore_index, statistics, grad)
-            use(begin, end, logits)
+            _use_in_steps(layer, begin, end, logits, use)
         assert rows.threshold_slopes is not None
         slopes = torch.where(grad_rows == 0, 0.0, grad_rows * rows.threshold_slopes)
         return loss.detach().to(dtype), slopes.to(dtype)
@@ -324,30 +332,52 @@ class ZlprSweep:
                 loss, grad_threshold = inplace.overwrite(
                     name, logits, target, mask, self.grad_scale, **options
                 )
-            for first in range(begin, end, layer.step):
-                last = min(first + layer.step, end)
-                use(first, last, logits[:, first:last])
+            _use_in_steps(layer, begin, end, logits, use)
         return loss, grad_threshold
+
+
+def _use_in_steps(layer: Layer, begin: int, end: int, gradient: Tensor, use: Use) -> None:
+    """Use the gradient of a part's logits, `step` labels at a time; once for no labels."""
+    for first in range(begin, max(end, begin + 1), layer.step):
+        last = min(first + layer.step, end)
+        use(first, last, gradient[:, first - begin : last - begin])
 
 
 # ---- Gradients -----------------------------------------------------------------------------------
 
 
 class HiddenGradient:
-    """Adds up the gradient of hidden ``[N, d]`` in the dtype of the arithmetic."""
+    """Adds up the gradient of hidden ``[N, d]`` in the dtype of the arithmetic.
 
-    def __init__(self, layer: Layer) -> None:
-        self._layer = layer
+    Args:
+        layer: the linear layer.
+        rows: of which rank each row is, where other ranks have the other labels.
+    """
+
+    def __init__(self, layer: Layer, rows: SharedRows | None = None) -> None:
+        self._layer, self._rows = layer, rows
+        self._work: Any = None
         dtype = reference.compute_dtype(layer.hidden)
-        self.sum = torch.zeros(layer.hidden.shape, dtype=dtype, device=layer.hidden.device)
+        self._sum = torch.zeros(layer.hidden.shape, dtype=dtype, device=layer.hidden.device)
 
     def add(self, begin: int, end: int, gradient: Tensor) -> None:
-        """Add that of a part, by the weights as they are now."""
+        """Add that of a part, by the weights as they are now.
+
+        With the last one, ranks begin to exchange their sums.
+        """
         weight = self._layer.weight_of(begin, end)
-        if gradient.dtype == self.sum.dtype:
-            self.sum.addmm_(gradient, weight)
+        if gradient.dtype == self._sum.dtype:
+            self._sum.addmm_(gradient, weight)
         else:
-            self.sum += _product(gradient, weight)
+            self._sum += _product(gradient, weight)
+        if self._rows is not None and end == self._layer.weight.shape[0]:
+            self._sum, self._work = self._rows.scatter(self._sum)
+
+    def total(self) -> Tensor:
+        """The gradient of this rank's rows, over the labels of all ranks."""
+        if self._work is not None:
+            self._work.wait()
+        return self._sum
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -462,7 +492,7 @@ class _Fused(torch.autograd.Function):
 
         loss, of_threshold = sweep(layer, use)
         ctx.gradients = [
-            None if of_hidden is None else of_hidden.sum,
+            None if of_hidden is None else of_hidden.total(),
             of_weight,
             of_bias,
             of_threshold if wanted[3] else None,
@@ -566,8 +596,10 @@ def _linear_sigmoid_cross_entropy(
     **options: Any,
 ) -> Tensor:
     layer = as_layer(hidden, layer_weight, bias, chunk)
-    shape = hidden.shape[:-1]
-    sweep = sigmoid_sweep(layer, shape, target, weight_name="loss_weight", **options)
+    logits = stand_in(hidden.shape[:-1], layer.weight.shape[0], layer.hidden)
+    mask, ignore_index = options.pop("mask"), options.pop("ignore_index")
+    labels = check_labels(logits, target, mask, ignore_index)
+    sweep = sweep_of(layer, labels, sigmoid_options(logits, weight_name="loss_weight", **options))
     return _loss("linear_sigmoid_cross_entropy", sweep, layer, hidden, layer_weight, bias, None)
 
 
@@ -637,18 +669,19 @@ def _linear_multilabel_categorical_crossentropy(
     bias: Tensor | None,
     chunk: int | None,
     *,
-    threshold: Tensor | float,
-    reduction: str,
-    **options: Any,
+    mask: LabelsLike | None,
+    ignore_index: float | None,
+    **arguments_of_loss: Any,
 ) -> Tensor:
     layer = as_layer(hidden, layer_weight, bias, chunk, whole_rows=True)
     shape = hidden.shape[:-1]
-    rows = arguments.row_threshold(threshold, stand_in(shape, layer.weight.shape[0], layer.hidden))
-    options |= {"threshold": rows, "reduction": reduction, "weight_name": "loss_weight"}
-    sweep = zlpr_sweep(layer, shape, target, **options)
+    logits = stand_in(shape, layer.weight.shape[0], layer.hidden)
+    options = zlpr_options(logits, weight_name="loss_weight", **arguments_of_loss)
+    sweep = sweep_of(layer, check_labels(logits, target, mask, ignore_index), options)
     name = "linear_multilabel_categorical_crossentropy"
-    loss = _loss(name, sweep, layer, hidden, layer_weight, bias, rows)
-    return loss.view(shape) if reduction == "none" else loss
+    threshold = options.of_rows["threshold"]
+    loss = _loss(name, sweep, layer, hidden, layer_weight, bias, threshold)
+    return loss.view(shape) if options.reduction == "none" else loss
 
 
 def outside_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -719,8 +752,21 @@ def as_layer(
     if chunk is not None:
         arguments.integer(chunk, "chunk", 1)
     rows = rows_and_labels(hidden.detach()).to(product_dtype(hidden))
+    return cut(rows, weight, bias, chunk, rows.shape[0], whole_rows=whole_rows)
+
+
+def cut(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    chunk: int | None,
+    num_rows: int,
+    *,
+    whole_rows: bool,
+) -> Layer:
+    """Cut a linear layer of hidden states ``[N, d]`` into parts for `num_rows` rows."""
     num_labels = weight.shape[0]
-    row_bytes = max(rows.shape[0], 1) * rows.element_size()
+    row_bytes = max(num_rows, 1) * rows.element_size()
     if chunk is None:
         budget = _BUDGET.get(rows.device.type, _BUDGET["cuda"])
         step = part_width(max(budget // row_bytes, _LEAST_WIDTH), num_labels)
@@ -763,24 +809,28 @@ def product_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-def sigmoid_sweep(
-    layer: Layer,
-    shape: torch.Size,
-    target: LabelsLike,
+def check_labels(
+    logits: Tensor, target: LabelsLike, mask: LabelsLike | None, ignore_index: float | None
+) -> CheckedLabels:
+    """Check target and mask of `logits`, or what stands in for them."""
+    labels = normalize_target(target, logits, ignore_index)
+    return CheckedLabels(
+        labels, normalize_mask(mask, logits), arguments.ignored_value(ignore_index)
+    )
+
+
+def sigmoid_options(
+    logits: Tensor,
     *,
-    mask: LabelsLike | None = None,
     weight: Tensor | float | None = None,
     weight_name: str = "weight",
     pos_weight: Tensor | float | None = None,
     label_smoothing: float = 0.0,
-    ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
     grad_scale: Tensor | float = 1.0,
-) -> PointwiseSweep:
-    """Check the arguments of sigmoid cross-entropy for logits of `shape` ``[...]`` and C labels."""
-    logits = stand_in(shape, layer.weight.shape[0], layer.hidden)
-    labels = _labels(layer, logits, target, mask, ignore_index)
+) -> LossOptions:
+    """Check the other arguments of sigmoid cross-entropy."""
     constants = {
         "weight": arguments.elementwise_constant(weight, logits, weight_name),
         "pos_weight": arguments.elementwise_constant(pos_weight, logits, "pos_weight"),
@@ -793,10 +843,10 @@ def sigmoid_sweep(
         raise ValueError(
             "reduction must not be 'none': a loss per element is as large as all the logits"
         )
-    return PointwiseSweep(
-        "sigmoid_cross_entropy",
-        labels,
-        constants=constants,
+    return LossOptions(
+        loss="sigmoid_cross_entropy",
+        of_elements=constants,
+        of_rows={},
         numbers=numbers,
         normalizer=divisor,
         reduction=reduction,
@@ -805,26 +855,26 @@ def sigmoid_sweep(
     )
 
 
-def zlpr_sweep(
-    layer: Layer,
-    shape: torch.Size,
-    target: LabelsLike,
+def zlpr_options(
+    logits: Tensor,
     *,
-    threshold: Tensor,
-    mask: LabelsLike | None = None,
+    threshold: Tensor | float = 0.0,
     weight: Tensor | float | None = None,
     weight_name: str = "weight",
-    ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
     grad_scale: Tensor | float = 1.0,
-) -> ZlprSweep:
-    """Check the arguments of ZLPR for logits of `shape` ``[...]`` and C labels."""
-    logits = stand_in(shape, layer.weight.shape[0], layer.hidden)
-    return ZlprSweep(
-        _labels(layer, logits, target, mask, ignore_index),
-        threshold=threshold,
-        weight=arguments.rowwise_constant(weight, logits, weight_name),
+) -> LossOptions:
+    """Check the other arguments of ZLPR."""
+    constants = {
+        "threshold": arguments.row_threshold(threshold, logits),
+        "weight": arguments.rowwise_constant(weight, logits, weight_name),
+    }
+    return LossOptions(
+        loss="multilabel_categorical_crossentropy",
+        of_elements={},
+        of_rows=constants,
+        numbers={},
         normalizer=arguments.denominator(normalizer, reduction, logits),
         reduction=reduction,
         grad_scale=arguments.gradient_scale(grad_scale, logits),
@@ -832,19 +882,20 @@ def zlpr_sweep(
     )
 
 
-def _labels(
-    layer: Layer,
-    logits: Tensor,
-    target: LabelsLike,
-    mask: LabelsLike | None,
-    ignore_index: float | None,
-) -> PartsOfLabels:
-    target_labels = normalize_target(target, logits, ignore_index)
-    mask_labels = normalize_mask(mask, logits)
-    ignored = arguments.ignored_value(ignore_index)
-    labels = PartsOfLabels(target_labels, mask_labels, ignored, logits.shape[-1], layer.width)
+# What checks the arguments of a loss, by its name.
+OPTIONS: dict[str, Callable[..., LossOptions]] = {
+    "sigmoid_cross_entropy": sigmoid_options,
+    "multilabel_categorical_crossentropy": zlpr_options,
+}
+
+
+def sweep_of(
+    layer: Layer, labels: CheckedLabels, options: LossOptions, ranks: Ranks = ALONE
+) -> Sweep:
+    """Return the loss of the logits of a layer."""
+    parts = PartsOfLabels(labels, layer.weight.shape[0], layer.width)
     if debugging():
         for part, begin, end in layer.parts():
             like = layer.hidden.new_zeros(1, end - begin).expand(layer.hidden.shape[0], -1)
-            arguments.check_target_values(like, *labels[part], ignored)
-    return labels
+            arguments.check_target_values(like, *parts[part], labels.ignore_index)
+    return (ZlprSweep if options.of_rows else PointwiseSweep)(parts, options, ranks)

@@ -9,8 +9,9 @@ and the same bits every time, whichever way a backend would have reduced them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ class Ranks:
     """
 
     def __init__(self, labels: ProcessGroup | None = None, *rows: ProcessGroup) -> None:
-        self.labels = labels
+        self.labels, self.rows = labels, rows
         of_labels = () if labels is None else (labels,)
         self._groups = {
             "labels": of_labels,
@@ -81,6 +82,47 @@ class Ranks:
             return first, second
         sums = self.add(torch.stack([first, second]), over)
         return sums[0], sums[1]
+
+    def sum_over_rows(self, gradient: Tensor) -> None:
+        """Add up, in place, what ranks with other rows have: something large, of the same shape."""
+        if gradient.numel() > 0:
+            for group in self.rows:
+                dist.all_reduce(gradient, group=group)
+
+    def numbers(self, own: Sequence[int], device: torch.device) -> list[list[list[int]]]:
+        """Return numbers of all ranks, by rank of `rows`, then of `labels`.
+
+        They go through memory of the CPU where all groups can; elsewhere a GPU is waited for.
+
+        Raises:
+            RuntimeError: another rank is where :meth:`errors_are_told` and has raised an error.
+        """
+        ranks = self._told([0, *own], device)
+        for of_rows in ranks:
+            for place, numbers in enumerate(of_rows):
+                if numbers[0] != 0:
+                    raise RuntimeError(
+                        f"rank {place} has bad arguments for what all ranks have called: see there"
+                    )
+        return [[numbers[1:] for numbers in of_rows] for of_rows in ranks]
+
+    @contextlib.contextmanager
+    def errors_are_told(self, count: int, device: torch.device) -> Iterator[None]:
+        """Let other ranks, which will ask for `count` :meth:`numbers`, not wait after an error."""
+        try:
+            yield
+        except (TypeError, ValueError):
+            self._told([1, *[0] * count], device)
+            raise
+
+    def _told(self, own: list[int], device: torch.device) -> list[list[list[int]]]:
+        if all("cpu" in dist.get_backend_config(group) for group in self._groups["elements"]):
+            device = torch.device("cpu")
+        tensor = gathered(torch.tensor(own, dtype=torch.int64, device=device), self.labels)[None]
+        for group in self.rows:
+            tensor = gathered(tensor, group).flatten(0, 1)
+        told: list[list[list[int]]] = tensor.tolist()
+        return told
 
     def largest(self, values: Tensor) -> Tensor:
         """The largest over the labels, as a constant; NaN is larger than all."""
@@ -170,6 +212,75 @@ def scatter_rows(tensor: Tensor, counts: Sequence[int], group: ProcessGroup) -> 
     out = tensor.new_empty((most, *tensor.shape[1:]))
     work = reduce_scatter_single(out, padded.contiguous(), group=group, async_op=True)
     return out[: counts[place]], work
+
+
+class SharedRows(NamedTuple):
+    """The rows of a batch, some of which belong to each rank of a group.
+
+    Attributes:
+        counts: how many rows each rank has.
+        group: the ranks.
+    """
+
+    counts: list[int]
+    group: ProcessGroup
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Put the rows of all ranks below each other; see :func:`gather_rows`."""
+        return gather_rows(tensor, self.counts, self.group)
+
+    def scatter(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """Begin to add up what ranks have for all rows; see :func:`scatter_rows`."""
+        return scatter_rows(tensor, self.counts, self.group)
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """The rows of this rank, of those of all."""
+        place = dist.get_rank(self.group)
+        first = sum(self.counts[:place])
+        return tensor[first : first + self.counts[place]]
+
+    def swap(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Send a block of columns to each rank; get this rank's columns of the rows of all.
+
+        Args:
+            blocks: for each rank, ``[own rows, its columns]``.
+
+        Returns:
+            ``[all rows, own columns]``.
+        """
+        width = blocks[dist.get_rank(self.group)].shape[1]
+        sizes = [block.numel() for block in blocks]
+        sent = blocks[0].new_empty(sum(sizes))
+        for memory, block in zip(sent.split(sizes), blocks, strict=True):
+            memory.view(block.shape).copy_(block)
+        return self._exchanged(sent, sizes, [count * width for count in self.counts]).view(
+            sum(self.counts), width
+        )
+
+    def give_back(self, tensor: Tensor) -> Tensor:
+        """Send to each rank what belongs to its rows, of ``[all rows, width]``.
+
+        Returns:
+            ``[ranks, own rows, width]``: what each rank had for the rows of this one.
+        """
+        width, own = tensor.shape[1], self.counts[dist.get_rank(self.group)]
+        sizes = [count * width for count in self.counts]
+        received = self._exchanged(tensor.reshape(-1), sizes, [own * width] * len(sizes))
+        return received.view(len(sizes), own, width)
+
+    def _exchanged(self, sent: Tensor, sizes: list[int], received: list[int]) -> Tensor:
+        """Send to and receive from each rank so many elements."""
+        out, bytes_each = sent.new_empty(sum(received)), sent.element_size()
+        if sum(self.counts) > 0:
+            # As bytes, which every backend sends whatever the dtype.
+            dist.all_to_all_single(
+                out.view(torch.uint8),
+                sent.view(torch.uint8),
+                [size * bytes_each for size in received],
+                [size * bytes_each for size in sizes],
+                group=self.group,
+            )
+        return out
 
 
 class _Done:

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import arguments
-from .label_parts import columns_of
+from .label_parts import columns_of, packed_columns
 from .ranks import ALONE, ProcessGroup, Ranks, gathered
 from .targets import (
     OBSERVED,
     PLAIN_TENSORS,
-    WORD_BITS,
     LabelsLike,
     PackedLabels,
     SparseLabels,
@@ -31,6 +30,9 @@ from .targets import (
     normalize_target,
     stand_in,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,15 @@ class LabelShard:
         begin, end = even_range(num_labels, dist.get_rank(group), dist.get_world_size(group))
         return cls(num_labels, begin, end, group, row_group)
 
+    def bounds(self) -> list[tuple[int, int]]:
+        """Where the labels of each rank begin and end, if they are spread as by :meth:`even`."""
+        ranks = dist.get_world_size(self.process_group)
+        return [even_range(self.num_labels, rank, ranks) for rank in range(ranks)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LabelShard:
+        """Return itself: nothing in it changes, and there are no copies of process groups."""
+        return self
+
     @property
     def width(self) -> int:
         """How many labels this rank has."""
@@ -120,13 +131,7 @@ def split_labels(labels: LabelsLike, shard: LabelShard, name: str) -> LabelsLike
     if isinstance(labels, PackedLabels):
         if labels.num_labels != num_labels:
             raise ValueError(f"{name}.num_labels must be {num_labels}, got {labels.num_labels}")
-        first, last = begin // WORD_BITS, -(-end // WORD_BITS)
-        words = labels.words[..., first:last]
-        if begin % WORD_BITS == 0:
-            return PackedLabels(words, shard.width)
-        bits = PackedLabels(words, words.shape[-1] * WORD_BITS).unpack()
-        begin -= first * WORD_BITS
-        return PackedLabels.pack(bits[..., begin : begin + shard.width])
+        return PackedLabels(packed_columns(labels.words, begin, end), shard.width)
     if not isinstance(labels, Tensor):
         raise TypeError(
             f"{name} must be a tensor, SparseLabels or PackedLabels, got {type(labels).__name__}"
@@ -134,6 +139,36 @@ def split_labels(labels: LabelsLike, shard: LabelShard, name: str) -> LabelsLike
     if labels.dim() == 0 or labels.shape[-1] != num_labels:
         raise ValueError(f"{name} must have {num_labels} columns, got shape {list(labels.shape)}")
     return labels[..., begin:end]
+
+
+def shard_of(
+    num_labels: int, process_group: ProcessGroup | None, device_mesh: DeviceMesh | None
+) -> LabelShard | None:
+    """Spread labels over a process group or the last dimension of a mesh; None over nothing.
+
+    Raises:
+        TypeError: an argument has a wrong type.
+        ValueError: both are given, or a mesh of other than one or two dimensions.
+        RuntimeError: ``torch.distributed`` is not initialised.
+    """
+    if device_mesh is None:
+        return None if process_group is None else LabelShard.even(num_labels, process_group)
+    if process_group is not None:
+        raise ValueError("process_group and device_mesh must not both be given")
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if not isinstance(device_mesh, DeviceMesh):
+        raise TypeError(
+            "device_mesh must be a torch.distributed.device_mesh.DeviceMesh or None, got "
+            f"{type(device_mesh).__name__}"
+        )
+    if device_mesh.ndim not in (1, 2):
+        raise ValueError(
+            "device_mesh must have one dimension, labels, or two, data and labels, got "
+            f"{device_mesh.ndim}"
+        )
+    data = device_mesh.get_group(0) if device_mesh.ndim == 2 else None
+    return LabelShard.even(num_labels, device_mesh.get_group(-1), row_group=data)
 
 
 def as_group(group: ProcessGroup | None, name: str) -> ProcessGroup:
