@@ -106,6 +106,10 @@ class LabelShard:
         """How many labels this rank has."""
         return self.end - self.begin
 
+    def ranks(self) -> Ranks:
+        """Return those that a loss exchanges sums with."""
+        return Ranks(self.process_group, *([] if self.row_group is None else [self.row_group]))
+
     def split(self, labels: LabelsLike) -> LabelsLike:
         """Return the columns of this rank of labels that have all columns.
 
@@ -337,7 +341,7 @@ def _ranks_of_group(input: Tensor, process_group: ProcessGroup | LabelShard, nam
             f"{name} must have the {shard.width} labels of the shard [{shard.begin}, "
             f"{shard.end}), got shape {list(input.shape)}"
         )
-    return Ranks(shard.process_group, *([] if shard.row_group is None else [shard.row_group]))
+    return shard.ranks()
 
 
 def _bounds(
