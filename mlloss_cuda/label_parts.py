@@ -165,7 +165,8 @@ def _in_order_of_parts(labels: Labels, num_labels: int, width: int) -> Labels:
         place, torch.arange(num_parts * num_rows + 1, device=indices.device)
     )
     rises = (offsets[1:] >= offsets[:-1]).all()
-    valid = rises & (offsets[0] == 0) & (offsets[-1] == indices.shape[0])
+    # Entries behind the last row are what `columns_of` has left there.
+    valid = rises & (offsets[0] == 0) & (offsets[-1] <= indices.shape[0])
     return labels._replace(
         data=(indices - part * width)[order],
         offsets=torch.where(valid, boundaries, -1),

@@ -30,6 +30,8 @@ from .targets import (
     LabelsLike,
     PackedLabels,
     SparseLabels,
+    check_indices,
+    debugging,
     normalize_mask,
     stand_in,
 )
@@ -120,20 +122,21 @@ def check(
     if whole_target:
         rows_of_labels = stand_in(_leading(target), shard.num_labels, hidden)
         _check_spread(len(hidden), math.prod(rows_of_labels.shape[:-1]), shard)
-    if _is_dense(mask):
-        assert isinstance(mask, Tensor)
+    labels = linear.check_labels(rows_of_labels, target, mask, ignore_index)
+    _check_contents(rows_of_labels, labels)
+    if isinstance(mask, Tensor) and not is_sparse(mask):
         if _has_rows(mask, rows_of_labels):
             kinds["mask"] = _kind(mask)
         else:
-            labels = normalize_mask(_columns_of_shard(mask, shard, "mask"), own_labels)
-            assert labels is not None
-            without_rows["mask"], mask = labels.data, None
-    labels_of_rows = linear.check_labels(rows_of_labels, target, mask, ignore_index)
+            of_all_labels = normalize_mask(mask, stand_in((1,), shard.num_labels, hidden))
+            assert of_all_labels is not None
+            without_rows["mask"] = of_all_labels.data[:, shard.begin : shard.end]
+            labels = labels._replace(mask=None)
     for name in ("weight", "pos_weight") if loss == "sigmoid_cross_entropy" else ():
         value = loss_arguments.get(name)
         if value is None:
             continue
-        if _is_dense(value) and _has_rows(value, given):
+        if isinstance(value, Tensor) and _has_rows(value, given):
             kinds[name] = _kind(value)
         else:
             own = _columns_of_shard(value, shard, name)
@@ -147,7 +150,7 @@ def check(
             kinds[name] = _BY_ROW
         elif constant is not None:
             without_rows[name] = constant.new_full((1,), value)
-    return OwnRows(hidden, labels_of_rows, options, kinds, without_rows, whole_target)
+    return OwnRows(hidden, labels, options, kinds, without_rows, whole_target)
 
 
 def _leading(labels: LabelsLike) -> tuple[int, ...]:
@@ -158,7 +161,7 @@ def _leading(labels: LabelsLike) -> tuple[int, ...]:
         return tuple(labels.words.shape[:-1])
     if not isinstance(labels, Tensor) or labels.dim() == 0:
         raise TypeError(f"target must have rows, got {type(labels).__name__}")
-    return tuple(labels.shape[:-1]) if _is_dense(labels) else (len(labels),)
+    return (len(labels),) if is_sparse(labels) else tuple(labels.shape[:-1])
 
 
 def _check_spread(own: int, rows: int, shard: LabelShard) -> None:
@@ -171,8 +174,14 @@ def _check_spread(own: int, rows: int, shard: LabelShard) -> None:
         )
 
 
-def _is_dense(value: object) -> bool:
-    return isinstance(value, Tensor) and not is_sparse(value)
+def _check_contents(logits: Tensor, labels: CheckedLabels) -> None:
+    """Look at labels before they are sent: it is the rank that has bad ones which is to say so."""
+    for name, own in (("target", labels.target), ("mask", labels.mask)):
+        if own is not None and own.offsets is not None:
+            check_indices(own.data, own.offsets, logits.shape[-1], name)
+    if debugging():
+        rows = logits.flatten(0, -2) if logits.dim() > 2 else logits.view(-1, logits.shape[-1])
+        arguments.check_target_values(rows, *labels)
 
 
 def _has_rows(value: Tensor, given: Tensor) -> bool:

@@ -427,7 +427,7 @@ def debugged(rank: Rank) -> str:
     debug_checks(True)
     try:
         head.loss(torch.ones(2, FEATURES, dtype=torch.float64), target)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     finally:
         debug_checks(False)
