@@ -124,6 +124,11 @@ def call(
     Raises:
         TypeError, ValueError: an argument has a wrong type, shape, value or placement.
     """
+    if options.get("inplace_backward"):
+        raise ValueError(
+            "inplace_backward must be False for a DTensor, of which autograd does not see who else "
+            "needs it: give to_local() of the logits, and process_group"
+        )
     layout = _layout_of(input)
     input = layout.logits
     ignore_index = options.get("ignore_index")

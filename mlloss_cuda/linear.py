@@ -286,7 +286,7 @@ class ZlprSweep:
             last = part, begin, end, logits
         sums = row_sums.combined(torch.stack(of_parts))
         if self._ranks.labels is not None:
-            sums = row_sums.combined(gathered(sums, self._ranks.labels))
+            sums = row_sums.combined(gathered(sums.to(dtype), self._ranks.labels))
         rows = row_sums.multilabel_categorical_crossentropy(sums, self._threshold)
         losses = rows.losses
         if self._weight is not None:

@@ -102,7 +102,7 @@ class LabelShard:
         return self.end - self.begin
 
     def ranks(self) -> Ranks:
-        """Those that a loss talks to."""
+        """Return those that a loss exchanges sums with."""
         return Ranks(self.process_group, *([] if self.row_group is None else [self.row_group]))
 
     def split(self, labels: LabelsLike) -> LabelsLike:
@@ -207,10 +207,11 @@ def is_spread(input: Tensor, process_group: Group) -> bool:
     """Whether a call of a loss has to come here first."""
     if process_group is not None:
         return not isinstance(process_group, Ranks)
-    return type(input) not in PLAIN_TENSORS and _is_dtensor(input)
+    return type(input) not in PLAIN_TENSORS and is_dtensor(input)
 
 
-def _is_dtensor(input: Tensor) -> bool:
+def is_dtensor(input: object) -> bool:
+    """Whether it is a ``DTensor``."""
     # Imported by whoever has made one, and not by everybody else: it takes most of a second.
     return type(input).__module__.startswith("torch.distributed.tensor")
 
@@ -235,7 +236,7 @@ def over_shards(
     Raises:
         TypeError, ValueError, RuntimeError: an argument has a wrong type or value.
     """
-    if _is_dtensor(input):
+    if is_dtensor(input):
         from . import dtensors
 
         call: Callable[..., Tensor] = dtensors.call
@@ -358,12 +359,11 @@ def check_alike(
     Without this, such a call waits for what never comes.
     """
     own = (loss.__name__, list(input.shape[:-1]), str(input.dtype), options.get("reduction"))
-    for group in (ranks.labels,):
-        everyone: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(everyone, own, group=group)
-        for rank, other in enumerate(everyone):
-            if other != own:
-                raise ValueError(
-                    "input must be logits of the same rows, and the loss the same, on all ranks "
-                    f"that share the labels: got {own} here and {other} on rank {rank} of the group"
-                )
+    everyone: list[Any] = [None] * dist.get_world_size(ranks.labels)
+    dist.all_gather_object(everyone, own, group=ranks.labels)
+    for rank, other in enumerate(everyone):
+        if other != own:
+            raise ValueError(
+                "input must be logits of the same rows, and the loss the same, on all ranks that "
+                f"share the labels: got {own} here and {other} on rank {rank} of the group"
+            )

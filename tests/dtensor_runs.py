@@ -189,5 +189,7 @@ def errors(rank: Rank) -> list[str]:
         lambda: mlloss_cuda.zlpr_loss(spread, SparseLabels.from_lists([[LABELS]] * ROWS)),
         lambda: mlloss_cuda.zlpr_loss(spread, "labels"),  # type: ignore[arg-type]
         lambda: mlloss_cuda.zlpr_loss(spread, labels, threshold=torch.zeros(3)),
+        lambda: mlloss_cuda.zlpr_loss(spread, labels, inplace_backward=True),
+        lambda: mlloss_cuda.top_labels(spread, 1),
     ]
     return [said_by(call) for call in calls]

@@ -53,6 +53,8 @@ def test_errors_name_the_argument(ranks: Processes) -> None:
         "ValueError: target holds the index 11",
         "TypeError: target must be a tensor",
         "ValueError: threshold must have one value per row",
+        "ValueError: inplace_backward must be False",
+        "TypeError: scores must be a plain tensor",
     )
     for said in ranks.run(4, dtensor_runs.errors):
         for message, start in zip(said, expected, strict=True):
