@@ -67,10 +67,11 @@ def columns_of(
 
 def packed_columns(words: Tensor, begin: int, end: int) -> Tensor:
     """Return the labels [begin, end) of words ``[..., ceil(C / 32)]``, as words of their own."""
-    first, last = begin // WORD_BITS, -(-end // WORD_BITS)
-    shift = begin % WORD_BITS
-    if shift == 0 or begin == end:
-        return words[..., first : max(first, last)] if begin < end else words[..., :0]
+    if begin == end:
+        return words[..., :0]
+    first, last, shift = begin // WORD_BITS, -(-end // WORD_BITS), begin % WORD_BITS
+    if shift == 0:
+        return words[..., first:last]
     width = -(-(end - begin) // WORD_BITS)
     # As unsigned numbers: each word ends with the first bits of the next one.
     bits = words[..., first:last].long() & 0xFFFFFFFF

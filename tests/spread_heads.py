@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,10 +20,13 @@ from mlloss_cuda import (
     SparseLabels,
     arguments,
     debug_checks,
+    extreme,
     extreme_topk,
     label_parts,
+    linear,
     targets,
 )
+from mlloss_cuda.ranks import SharedRows
 from tests.conftest import use_backend
 from tests.processes import MOST, Rank
 
@@ -166,7 +170,11 @@ def train(head: ExtremeLinear, setup: Setup, place: int, *, steps: int = 2) -> R
     everything = slice(None)
     shard = head.shard
     columns = everything if shard is None else slice(shard.begin, shard.end)
-    of_labels = everything if setup.whole_target else rows
+    of_labels = rows
+    if setup.whole_target and shard is not None:  # those of the ranks that share the labels
+        shards = dist.get_world_size(shard.process_group)
+        first = place // shards * shards
+        of_labels = slice(sum(setup.counts[:first]), sum(setup.counts[: first + shards]))
     for step in range(steps):
         hidden = hidden_of(setup, step)[rows].requires_grad_()
         options = options_of(setup, step, rows, columns)
@@ -193,13 +201,24 @@ def train(head: ExtremeLinear, setup: Setup, place: int, *, steps: int = 2) -> R
 
 
 def run(
-    rank: Rank, setups: list[Setup], backend: str = "cpu", data: int | None = None
+    rank: Rank,
+    setups: list[Setup],
+    backend: str = "cpu",
+    data: int | None = None,
+    parts_by_rows: bool = False,
 ) -> list[Result]:
-    """Train heads over all ranks or, with `data`, over a mesh of so many times some of them."""
+    """Train heads over all ranks or, with `data`, over a mesh of so many times some of them.
+
+    With `parts_by_rows`, even few rows are too many for all labels at a time.
+    """
     spread: dict[str, Any] = {"process_group": rank.group}
     if data is not None:
         spread = {"device_mesh": _mesh(rank, data)}
-    with use_backend(backend):
+    with use_backend(backend), pytest.MonkeyPatch.context() as patch:
+        if parts_by_rows:
+            patch.setattr(linear, "_LEAST_WIDTH", 32)
+            patch.setattr(linear, "_BUDGET", {"cpu": 2048, "cuda": 2048})
+            patch.setattr(linear, "_WHOLE_ROWS_BUDGET", {"cpu": 2048, "cuda": 2048})
         return [train(make(setup, **spread), setup, rank.place) for setup in setups]
 
 
@@ -293,7 +312,11 @@ def take_over(rank: Rank, setup: Setup, state: dict[str, Any]) -> tuple[list[str
 
 def initial(rank: Rank, setups: list[Setup]) -> list[Tensor]:
     """The weights that heads begin with, and a random number drawn after them."""
-    weights = [make(setup, process_group=rank.group).weight.data for setup in setups]
+    deferred = make(setups[0], process_group=rank.group, device="meta").to_empty(device="cpu")
+    torch.manual_seed(7)
+    deferred.reset_parameters()
+    heads = [deferred, *(make(setup, process_group=rank.group) for setup in setups)]
+    weights = [head.weight.data for head in heads]
     return [*weights, torch.rand(1)]
 
 
@@ -400,6 +423,29 @@ def looks(rank: Rank, loss: str, whole_target: bool) -> int:
     assert head.steps == 1
     assert hidden.grad is not None
     return count
+
+
+def events(rank: Rank, loss: str) -> list[str]:
+    """What a training step does with gradients, in its order."""
+    setup = Setup(labels=128, head={"chunk": 32, "bias": False}, counts=(2, 2))
+    head = make(setup, process_group=rank.group)
+    rows = _rows(setup, rank.place)
+    hidden = hidden_of(setup, 0)[rows].requires_grad_()
+    found = []
+
+    def watched(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            found.append(name)
+            return original(*given)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extreme, "take_step", watched("step", extreme.take_step))
+        patch.setattr(SharedRows, "scatter", watched("exchange", SharedRows.scatter))
+        patch.setattr(linear.HiddenGradient, "total", watched("wait", linear.HiddenGradient.total))
+        head.loss(hidden, labels_of(setup, "sparse", 0, rows), loss=loss).backward()
+    return found
 
 
 def bad_offsets(rank: Rank) -> list[bool]:

@@ -159,8 +159,25 @@ def test_data_x_labels(loss: str, ranks: Processes) -> None:
         for own in [{"counts": (3, 1, 4, 2), "mask": ("dense", None)[number % 2]}]
     ]
     setups.append(setups[0]._replace(counts=(4, 0, 0, 0)))
+    setups.append(setups[0]._replace(counts=(3, 3, 2, 2), whole_target=True))
     setups.append(setups[0]._replace(labels=1, accumulated=1))
     judge(setups, 4, ranks, data=2)
+
+
+@EVERY_LOSS
+def test_parts_are_alike_for_all_rows(loss: str, ranks: Processes) -> None:
+    """Ranks with the same labels cut them alike, although one has rows for smaller parts."""
+    setup = Setup(128, options={"loss": loss}, counts=(1, 1, 4, 4))
+    results = [one for (one,) in ranks.run(4, spread_heads.run, [setup], "cpu", 2, True)]
+    whole = alone(setup)
+    assert_equal_to_one_process(setup, results, train(make(whole), whole, 0), 2)
+
+
+@EVERY_LOSS
+def test_order(loss: str, ranks: Processes) -> None:
+    """The gradient of hidden is on its way before the last part's step, and there after it."""
+    for found in ranks.run(2, spread_heads.events, loss):
+        assert found == ["step", "exchange", "step", "wait"]
 
 
 def test_several_rows_and_one_label_shard(ranks: Processes) -> None:
@@ -259,6 +276,7 @@ def test_first_weights(ranks: Processes) -> None:
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     setups = [Setup(head={"dtype": dtype}, counts=(0,) * 3) for dtype in dtypes]
     expected = [make(setup).weight.data for setup in setups]
+    expected.insert(0, expected[0])
     after = torch.rand(1)
     *shards, drawn = zip(*ranks.run(3, spread_heads.initial, setups), strict=True)
     for own, whole in zip(shards, expected, strict=True):
@@ -294,9 +312,9 @@ RESUMED = Setup(head={"optimizer": "adamw"}, counts=ROWS[4])
 
 
 @functools.cache
-def _after_four_steps() -> tuple[dict[str, Tensor], Result]:
+def _after_four_steps(optimizer: str = "adamw") -> tuple[dict[str, Tensor], Result]:
     """The state of a head of one process after two steps, and what two more of them give."""
-    whole = alone(RESUMED)
+    whole = alone(RESUMED)._replace(head={"optimizer": optimizer})
     head = make(whole)
     train(head, whole, 0)
     head.optimizer.param_groups[0]["lr"] = 0.0625
@@ -332,14 +350,16 @@ def test_checkpoint_of_one_process(ranks: Processes) -> None:
     assert_equal_to_one_process(RESUMED, results, expected)
 
 
-def test_state_of_one_process(ranks: Processes) -> None:
+@pytest.mark.parametrize(("optimizer", "tensors"), [("adamw", 6), ("adagrad", 4)])
+def test_state_of_one_process(optimizer: str, tensors: int, ranks: Processes) -> None:
     """Given whole to every rank, inside of another module; a copy of the head goes on."""
-    state, expected = _after_four_steps()
-    results = ranks.run(4, spread_heads.take_over, RESUMED, state)
+    state, expected = _after_four_steps(optimizer)
+    setup = RESUMED._replace(head={"optimizer": optimizer})
+    results = ranks.run(4, spread_heads.take_over, setup, state)
     for placed, _ in results:
         assert placed[0] == "head.weight [70, 5] (Shard(dim=0),)"
-        assert len(placed) == 6
-    assert_equal_to_one_process(RESUMED, [result for _, result in results], expected)
+        assert len(placed) == tensors
+    assert_equal_to_one_process(setup, [result for _, result in results], expected)
 
 
 # ---- Odd cases -----------------------------------------------------------------------------------
