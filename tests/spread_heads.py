@@ -310,12 +310,14 @@ def take_over(rank: Rank, setup: Setup, state: dict[str, Any]) -> tuple[list[str
 # ---- Odd cases -----------------------------------------------------------------------------------
 
 
-def initial(rank: Rank, setups: list[Setup]) -> list[Tensor]:
-    """The weights that heads begin with, and a random number drawn after them."""
-    deferred = make(setups[0], process_group=rank.group, device="meta").to_empty(device="cpu")
-    torch.manual_seed(7)
-    deferred.reset_parameters()
-    heads = [deferred, *(make(setup, process_group=rank.group) for setup in setups)]
+def initial(rank: Rank, setups: list[Setup], at_once: int) -> list[Tensor]:
+    """The weights that heads begin with, `at_once` of them drawn at a time; a number after them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extreme, "_DRAWN_AT_ONCE", at_once)
+        deferred = make(setups[0], process_group=rank.group, device="meta").to_empty(device="cpu")
+        torch.manual_seed(7)
+        deferred.reset_parameters()
+        heads = [deferred, *(make(setup, process_group=rank.group) for setup in setups)]
     weights = [head.weight.data for head in heads]
     return [*weights, torch.rand(1)]
 

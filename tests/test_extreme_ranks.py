@@ -272,16 +272,18 @@ def test_low_precision(loss: str, ranks: Processes) -> None:
 
 
 def test_first_weights(ranks: Processes) -> None:
-    """Those of a head of one process, and as many numbers drawn."""
+    """Those of a head of one process, and as many numbers drawn; in blocks, too."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     setups = [Setup(head={"dtype": dtype}, counts=(0,) * 3) for dtype in dtypes]
     expected = [make(setup).weight.data for setup in setups]
     expected.insert(0, expected[0])
     after = torch.rand(1)
-    *shards, drawn = zip(*ranks.run(3, spread_heads.initial, setups), strict=True)
-    for own, whole in zip(shards, expected, strict=True):
-        assert torch.equal(torch.cat(own), whole)
-    assert all(torch.equal(one, after) for one in drawn)
+    for at_once in (1 << 20, 64, 1):
+        found = ranks.run(3, spread_heads.initial, setups, at_once)
+        *shards, drawn = zip(*found, strict=True)
+        for own, whole in zip(shards, expected, strict=True):
+            assert torch.equal(torch.cat(own), whole)
+        assert all(torch.equal(one, after) for one in drawn)
 
 
 # ---- The best labels -----------------------------------------------------------------------------
