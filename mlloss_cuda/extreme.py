@@ -77,7 +77,8 @@ class ExtremeLinear(torch.nn.Module):
         device: where to keep everything.
         chunk: labels of a part; None: see :func:`mlloss_cuda.linear_sigmoid_cross_entropy`.
         process_group: ranks of ``torch.distributed`` that share the labels: each keeps, as by
-            ``torch.chunk``, ceil(C / ranks) of them, or fewer at the end. See :meth:`loss`.
+            ``torch.chunk``, ceil(C / ranks) of them, or fewer at the end. :meth:`loss`,
+            :meth:`topk` and ``state_dict``, which then holds DTensors, are for all of them to call.
         device_mesh: the same as a ``DeviceMesh`` of one dimension; or one of two, data and labels:
             ranks that have the same labels then add up their gradients for every step.
 
@@ -210,8 +211,9 @@ class ExtremeLinear(torch.nn.Module):
 
     def extra_repr(self) -> str:
         """List what the head was made with."""
+        own = "" if self.shard is None else f" ([{self.shard.begin}, {self.shard.end}) here)"
         return (
-            f"in_features={self.in_features}, num_labels={self.num_labels}, "
+            f"in_features={self.in_features}, num_labels={self.num_labels}{own}, "
             f"bias={self.bias is not None}, dtype={self.weight.dtype}, optimizer={self.rule!r}, "
             f"rounding={self.rounding!r}"
         )
@@ -718,7 +720,7 @@ def extreme_topk(
             _check_k(k, weight.shape[0])
             values, labels = _best(layer, k)
         else:
-            values, labels = _best_of_ranks(hidden, weight, bias, k, chunk, process_group)
+            values, labels = _best_of_own_rows(hidden, weight, bias, k, chunk, process_group)
     shape = (*hidden.shape[:-1], k)
     return values.view(shape), labels.view(shape)
 
@@ -742,7 +744,7 @@ def _best(layer: Layer, k: int) -> tuple[Tensor, Tensor]:
     return values.to(layer.hidden.dtype), labels
 
 
-def _best_of_ranks(
+def _best_of_own_rows(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

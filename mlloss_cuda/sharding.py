@@ -92,11 +92,6 @@ class LabelShard:
         begin, end = even_range(num_labels, dist.get_rank(group), dist.get_world_size(group))
         return cls(num_labels, begin, end, group, row_group)
 
-    def bounds(self) -> list[tuple[int, int]]:
-        """Where the labels of each rank begin and end, if they are spread as by :meth:`even`."""
-        ranks = dist.get_world_size(self.process_group)
-        return [even_range(self.num_labels, rank, ranks) for rank in range(ranks)]
-
     def __deepcopy__(self, memo: dict[int, Any]) -> LabelShard:
         """Return itself: nothing in it changes, and there are no copies of process groups."""
         return self

@@ -1,9 +1,10 @@
 """A batch of which each rank of ``torch.distributed`` has some rows, for a head in label shards.
 
 Before the loss, a rank has hidden states and labels of its own rows, and of them all labels. What
-it computes with are all rows and the labels of its shard. So ranks tell each other how many rows
-there are, and what labels they come with (:class:`Notice`); hidden states go to everybody; of
-labels and weights everybody gets its columns.
+it computes with are all rows, and the labels of its shard. So ranks tell each other numbers first:
+how many rows there are, and in what formats their labels come. Then hidden states go to everybody,
+and of labels and weights everybody gets its columns: dense and packed ones are cut by who has them,
+entries of sparse labels, which are few, by who gets them.
 """
 
 from __future__ import annotations
@@ -238,13 +239,13 @@ def tell(own: OwnRows, mode: int, wants_gradient: bool, shard: LabelShard) -> No
         "loss": list(linear.OPTIONS).index(own.options.loss),
         "reduction": arguments.REDUCTIONS.index(own.options.reduction),
         "mode": mode,
-        "target": _code_of_labels(target, own.kinds.get("target", _BY_ELEMENT)),
+        "target": _code_of_labels(target, _BY_ELEMENT),
         "mask": 0 if mask is None else _code_of_labels(mask, own.kinds.get("mask", _BY_ELEMENT)),
     }
+    constants = own.options.of_elements | own.options.of_rows
     for name in ("weight", "pos_weight", "threshold"):
-        value = {**own.options.of_elements, **own.options.of_rows}.get(name)
-        kind = own.kinds.get(name, 0)
-        alike[name] = 0 if kind == 0 or value is None else _code(kind, value)
+        value = constants.get(name) if name in own.kinds else None
+        alike[name] = 0 if value is None else _code(own.kinds[name], value)
     sizes = {
         "rows": len(own.hidden),
         "wants_gradient": int(wants_gradient),
@@ -342,7 +343,7 @@ def _labels_of_shard(
         else:
             blocks = (
                 cut_columns(labels, begin, end, shard.num_labels, name).data
-                for begin, end in shard.bounds()
+                for begin, end in _shards(shard)
             )
             found[name] = labels._replace(data=rows.swap(list(blocks)))
     if "mask" in own.without_rows:
@@ -362,7 +363,7 @@ def _options_of_shard(own: OwnRows, rows: SharedRows, shard: LabelShard) -> Loss
         elif value is not None and own.kinds[name] == _BY_ROW:
             of_elements[name] = _by_row(value, rows, shard)
         elif value is not None:
-            of_elements[name] = rows.swap([value[:, begin:end] for begin, end in shard.bounds()])
+            of_elements[name] = rows.swap([value[:, begin:end] for begin, end in _shards(shard)])
     of_rows = dict(own.options.of_rows)
     for name, value in of_rows.items():
         if value is not None:
@@ -371,10 +372,14 @@ def _options_of_shard(own: OwnRows, rows: SharedRows, shard: LabelShard) -> Loss
     return own.options._replace(of_elements=of_elements, of_rows=of_rows)
 
 
+def _shards(shard: LabelShard) -> list[tuple[int, int]]:
+    """Where the labels of each rank begin and end."""
+    ranks = dist.get_world_size(shard.process_group)
+    return [even_range(shard.num_labels, place, ranks) for place in range(ranks)]
+
+
 def _by_row(values: Tensor, rows: SharedRows, shard: LabelShard) -> Tensor:
     """Values ``[N, C]`` that are alike in a row: those of all rows, for the labels of a shard."""
-    if shard.num_labels == 0:
-        return values
     return rows.gather(values[:, :1]).expand(-1, shard.width)
 
 
