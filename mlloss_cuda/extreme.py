@@ -496,7 +496,7 @@ class ExtremeLinear(torch.nn.Module):
                 waiting = None if pending is None else pending[number]
                 if waiting is not None:
                     own = waiting[begin:end].add_(own, alpha=1 / loss_scale)
-                ranks.sum_over_rows(own)
+                ranks.sum_in_place(own, "rows")
                 takes[number](begin, end, own)
 
         result = sweep(layer, use)

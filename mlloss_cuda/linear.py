@@ -16,7 +16,8 @@ from torch import Tensor
 
 from . import arguments, inplace, ops, reference, row_sums
 from .label_parts import LabelParts, part_width
-from .ranks import ALONE, Ranks, SharedRows, gathered
+from .ranks import ALONE, ProcessGroup, Ranks, SharedRows, gathered
+from .sharding import LabelShard, local_labels
 from .targets import (
     FLOATING_DTYPES,
     OBSERVED,
@@ -463,7 +464,7 @@ class _Fused(torch.autograd.Function):
         call: str,
         sweep: Sweep,
         layer: Layer,
-        grad_scale: Tensor | None,
+        ranks: Ranks,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -471,7 +472,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         del threshold  # the sweep has it
         ctx.set_materialize_grads(False)
-        ctx.call, ctx.grad_scale, ctx.like_hidden = call, grad_scale, hidden.new_empty(0)
+        ctx.call, ctx.grad_scale, ctx.like_hidden = call, sweep.grad_scale, hidden.new_empty(0)
         ctx.hidden_shape = hidden.shape
         wanted = ctx.needs_input_grad[4:]
         of_hidden = HiddenGradient(layer) if wanted[0] else None
@@ -491,6 +492,8 @@ class _Fused(torch.autograd.Function):
                 of_bias[begin:end] = bias_gradient(gradient)
 
         loss, of_threshold = sweep(layer, use)
+        if of_hidden is not None:
+            ranks.sum_in_place(of_hidden.total(), "labels")
         ctx.gradients = [
             None if of_hidden is None else of_hidden.total(),
             of_weight,
@@ -530,6 +533,7 @@ def linear_sigmoid_cross_entropy(
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: ProcessGroup | LabelShard | None = None,
     grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
     r"""Sigmoid cross-entropy of ``hidden @ weight.T + bias``, whose logits are never all there.
@@ -555,6 +559,8 @@ def linear_sigmoid_cross_entropy(
         ignore_index: see there.
         reduction: see there; not ``'none'``.
         normalizer: see there.
+        process_group: see there. Weight and bias are those of this rank's labels, hidden is the
+            same on all ranks, and so is its gradient.
         grad_scale: what is to be expected from above. The gradient of the logits is held times
             this, which keeps small gradients in fp16; what comes differently is multiplied later.
 
@@ -582,6 +588,7 @@ def linear_sigmoid_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
         normalizer=normalizer,
+        process_group=process_group,
         grad_scale=grad_scale,
     )
     return loss
@@ -597,10 +604,26 @@ def _linear_sigmoid_cross_entropy(
 ) -> Tensor:
     layer = as_layer(hidden, layer_weight, bias, chunk)
     logits = stand_in(hidden.shape[:-1], layer.weight.shape[0], layer.hidden)
+    labels, ranks = _labels_of_ranks(logits, target, options)
+    checked = sigmoid_options(logits, weight_name="loss_weight", **options)
+    sweep = sweep_of(layer, labels, checked, ranks)
+    variables = (hidden, layer_weight, bias, None)
+    return _loss("linear_sigmoid_cross_entropy", sweep, layer, ranks, *variables)
+
+
+def _labels_of_ranks(
+    logits: Tensor, target: LabelsLike, options: dict[str, Any]
+) -> tuple[CheckedLabels, Ranks]:
+    """Check target and mask for the labels of this rank; `options` loses what has been used."""
     mask, ignore_index = options.pop("mask"), options.pop("ignore_index")
-    labels = check_labels(logits, target, mask, ignore_index)
-    sweep = sweep_of(layer, labels, sigmoid_options(logits, weight_name="loss_weight", **options))
-    return _loss("linear_sigmoid_cross_entropy", sweep, layer, hidden, layer_weight, bias, None)
+    group, ranks = options.pop("process_group"), ALONE
+    if group is not None:
+        ranks, target, mask = local_labels(
+            *(logits, target, mask, ignore_index, group),
+            name="weight",
+            call=(options["reduction"],),
+        )
+    return check_labels(logits, target, mask, ignore_index), ranks
 
 
 def linear_multilabel_categorical_crossentropy(  # noqa: D417 (documented once)
@@ -616,6 +639,7 @@ def linear_multilabel_categorical_crossentropy(  # noqa: D417 (documented once)
     ignore_index: float | None = None,
     reduction: str = "mean",
     normalizer: Tensor | float | None = None,
+    process_group: ProcessGroup | LabelShard | None = None,
     grad_scale: Tensor | float = 1.0,
 ) -> Tensor:
     r"""ZLPR of ``hidden @ weight.T + bias``, whose logits are never all there at once.
@@ -657,6 +681,7 @@ def linear_multilabel_categorical_crossentropy(  # noqa: D417 (documented once)
         ignore_index=ignore_index,
         reduction=reduction,
         normalizer=normalizer,
+        process_group=process_group,
         grad_scale=grad_scale,
     )
     return loss
@@ -668,19 +693,17 @@ def _linear_multilabel_categorical_crossentropy(
     target: LabelsLike,
     bias: Tensor | None,
     chunk: int | None,
-    *,
-    mask: LabelsLike | None,
-    ignore_index: float | None,
     **arguments_of_loss: Any,
 ) -> Tensor:
     layer = as_layer(hidden, layer_weight, bias, chunk, whole_rows=True)
     shape = hidden.shape[:-1]
     logits = stand_in(shape, layer.weight.shape[0], layer.hidden)
+    labels, ranks = _labels_of_ranks(logits, target, arguments_of_loss)
     options = zlpr_options(logits, weight_name="loss_weight", **arguments_of_loss)
-    sweep = sweep_of(layer, check_labels(logits, target, mask, ignore_index), options)
+    sweep = sweep_of(layer, labels, options, ranks)
     name = "linear_multilabel_categorical_crossentropy"
-    threshold = options.of_rows["threshold"]
-    loss = _loss(name, sweep, layer, hidden, layer_weight, bias, threshold)
+    variables = (hidden, layer_weight, bias, options.of_rows["threshold"])
+    loss = _loss(name, sweep, layer, ranks, *variables)
     return loss.view(shape) if options.reduction == "none" else loss
 
 
@@ -696,6 +719,7 @@ def _loss(
     call: str,
     sweep: Sweep,
     layer: Layer,
+    ranks: Ranks,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -712,7 +736,7 @@ def _loss(
             "before anything is known of what comes from above; use torch.no_grad(), or reduce"
         )
     with torch.autocast(hidden.device.type, enabled=False):
-        loss: Tensor = _Fused.apply(call, sweep, layer, sweep.grad_scale, *variables)
+        loss: Tensor = _Fused.apply(call, sweep, layer, ranks, *variables)
     return loss
 
 

@@ -83,10 +83,10 @@ class Ranks:
         sums = self.add(torch.stack([first, second]), over)
         return sums[0], sums[1]
 
-    def sum_over_rows(self, gradient: Tensor) -> None:
-        """Add up, in place, what ranks with other rows have: something large, of the same shape."""
+    def sum_in_place(self, gradient: Tensor, over: str) -> None:
+        """:meth:`add` for something large, which the backend reduces in its own order."""
         if gradient.numel() > 0:
-            for group in self.rows:
+            for group in self._groups[over]:
                 dist.all_reduce(gradient, group=group)
 
     def numbers(self, own: Sequence[int], device: torch.device) -> list[list[list[int]]]:

@@ -264,24 +264,47 @@ def _over_group(
     **options: Any,
 ) -> Tensor:
     arguments.check_input(input)
-    ranks = _ranks_of_group(input, process_group, "input")
+    ranks, target, options["mask"] = local_labels(
+        *(input, target, options.get("mask"), options.get("ignore_index"), process_group),
+        call=(loss.__name__, options.get("reduction")),
+    )
+    return loss(input, target, process_group=ranks, **options)
+
+
+def local_labels(
+    input: Tensor,
+    target: LabelsLike,
+    mask: LabelsLike | None,
+    ignore_index: float | None,
+    process_group: ProcessGroup | LabelShard,
+    *,
+    name: str = "input",
+    call: tuple[Any, ...] = (),
+) -> tuple[Ranks, LabelsLike, LabelsLike | None]:
+    """Return the other ranks, and target and mask with sparse ones cut to the columns of input.
+
+    Args:
+        input: logits of this rank's labels, or what stands in for them.
+        target: of the loss.
+        mask: of the loss.
+        ignore_index: of the loss.
+        process_group: of the loss.
+        name: what has the labels of input.
+        call: what has to be the same on all ranks beside the rows.
+    """
+    ranks = _ranks_of_group(input, process_group, name)
     if debugging():
-        check_alike(loss, input, ranks, options)
-    own: dict[str, Any] = {
-        name: labels
-        for name, labels in (("target", target), ("mask", options.get("mask")))
-        if is_sparse(labels)
-    }
-    if own:
+        check_alike(call, input, ranks)
+    if is_sparse(target) or is_sparse(mask):
         begin, num_labels = _bounds(input, process_group, ranks)
-        for name, labels in own.items():
-            ignore_index = options.get("ignore_index") if name == "target" else None
-            whole = checked_sparse(
-                *(labels, name, input.shape[:-1], num_labels, input, ignore_index)
-            )
-            own[name] = columns_of(whole, begin, input.shape[-1], num_labels, name)
-    target = own.pop("target", target)
-    return loss(input, target, process_group=ranks, **(options | own))
+        leading, width = input.shape[:-1], input.shape[-1]
+        if is_sparse(target):
+            own = checked_sparse(target, "target", leading, num_labels, input, ignore_index)
+            target = columns_of(own, begin, width, num_labels, "target")
+        if is_sparse(mask):
+            own = checked_sparse(mask, "mask", leading, num_labels, input, None)
+            mask = columns_of(own, begin, width, num_labels, "mask")
+    return ranks, target, mask
 
 
 def is_sparse(labels: object) -> TypeGuard[SparseLabels | Tensor]:
@@ -351,14 +374,12 @@ def _bounds(
     return (int(before), int(total)) if contents_may_be_checked(input) else (before, total)
 
 
-def check_alike(
-    loss: Callable[..., Tensor], input: Tensor, ranks: Ranks, options: dict[str, Any]
-) -> None:
+def check_alike(call: tuple[Any, ...], input: Tensor, ranks: Ranks) -> None:
     """Raise on all ranks if they call different losses, or rows that differ in number or dtype.
 
     Without this, such a call waits for what never comes.
     """
-    own = (loss.__name__, list(input.shape[:-1]), str(input.dtype), options.get("reduction"))
+    own = (*call, list(input.shape[:-1]), str(input.dtype))
     everyone: list[Any] = [None] * dist.get_world_size(ranks.labels)
     dist.all_gather_object(everyone, own, group=ranks.labels)
     for rank, other in enumerate(everyone):

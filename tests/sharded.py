@@ -299,3 +299,60 @@ def best(rank: Rank, kind: str, k: int, explicit: bool) -> list[tuple[Tensor, Te
     group = LabelShard(12, begin, end, rank.group) if explicit else rank.group
     own = mlloss_cuda.top_labels(scores[..., begin:end], k, process_group=group)
     return [mlloss_cuda.top_labels(scores, k), own]
+
+
+def linear(rank: Rank, name: str, target: str, chunk: int | None, kind: str) -> dict[str, float]:
+    """Largest differences of a linear loss from that of one process: value and gradients."""
+    generator = torch.Generator().manual_seed(11)
+    num_labels, rows, features = 150, 5, 4
+    begin, end = bounds(num_labels, rank.count, kind)[rank.place : rank.place + 2]
+    shard = LabelShard(num_labels, begin, end, rank.group)
+
+    def normal(*shape: int) -> Tensor:
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return drawn.requires_grad_()
+
+    whole = {
+        "hidden": normal(rows, features),
+        "weight": normal(num_labels, features),
+        "bias": normal(num_labels),
+    }
+    own = {
+        variable: (value if variable == "hidden" else value[begin:end]).detach().requires_grad_()
+        for variable, value in whole.items()
+    }
+    y = torch.rand(rows, num_labels, generator=generator) < 0.1
+    observed = torch.rand(y.shape, generator=generator) < 0.8
+    options: dict[str, Any] = {"reduction": "mean", "chunk": chunk}
+    own_options = dict(options)
+    if name == "linear_multilabel_categorical_crossentropy":
+        options["threshold"] = normal(rows)
+        own_options["threshold"] = options["threshold"].detach().requires_grad_()
+        own["threshold"], whole["threshold"] = own_options["threshold"], options["threshold"]
+    if target == "sparse":
+        ids = [row.nonzero().flatten().tolist() for row in y]
+        labels: Any = SparseLabels.from_lists(ids)
+        mask: Any = SparseLabels.from_lists([row.nonzero().flatten().tolist() for row in observed])
+        own_labels, own_mask = labels, mask
+    else:
+        labels, mask = y, observed
+        own_labels, own_mask = y[:, begin:end], observed[:, begin:end]
+    loss = getattr(mlloss_cuda, name)
+    expected = loss(whole["hidden"], whole["weight"], labels, whole["bias"], mask=mask, **options)
+    value = loss(
+        *(own["hidden"], own["weight"], own_labels, own["bias"]),
+        mask=own_mask,
+        process_group=shard,
+        **own_options,
+    )
+    expected.mul(3).backward()
+    value.mul(3).backward()
+    found = {"loss": abs(value.item() - expected.item())}
+    for variable, one in own.items():
+        of_whole = whole[variable].grad
+        assert of_whole is not None
+        assert one.grad is not None
+        if variable in ("weight", "bias"):
+            of_whole = of_whole[begin:end]
+        found[variable] = float((one.grad - of_whole).abs().amax()) if one.numel() else 0.0
+    return found

@@ -12,7 +12,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from mlloss_cuda import (
     ExtremeLinear,
@@ -27,6 +29,7 @@ from mlloss_cuda import (
     targets,
 )
 from mlloss_cuda.ranks import SharedRows
+from mlloss_cuda.sharding import even_range
 from tests.conftest import use_backend
 from tests.processes import MOST, Rank
 
@@ -485,3 +488,43 @@ def debugged(rank: Rank) -> str:
 def _rows(setup: Setup, place: int) -> slice:
     first = sum(setup.counts[:place])
     return slice(first, first + setup.counts[place])
+
+
+def beside_an_encoder(rank: Rank, kind: str, loss: str) -> dict[str, float]:
+    """Largest differences of training by DDP or FSDP2 and a spread head from one process."""
+    inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    lists = [[3 * row % 11, row] for row in range(8)]
+    own = slice(*even_range(8, rank.place, rank.count))
+
+    def parts(**where: Any) -> tuple[torch.nn.Module, ExtremeLinear]:
+        torch.manual_seed(2)
+        layers = (torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, FEATURES))
+        encoder = torch.nn.Sequential(*layers).double()
+        return encoder, ExtremeLinear(FEATURES, 11, dtype=torch.float64, **where)
+
+    encoder, head = parts(process_group=rank.group)
+    whole_encoder, whole_head = parts()
+    if kind == "DDP":
+        spread: Any = DistributedDataParallel(encoder, process_group=rank.group)
+    else:
+        mesh = DeviceMesh.from_group(rank.group, "cpu")
+        spread = fully_shard(encoder, mesh=mesh)
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.1) for one in (spread, whole_encoder)]
+    for _ in range(3):
+        value = head.loss(spread(inputs[own]), SparseLabels.from_lists(lists[own]), loss=loss)
+        (value * rank.count).backward()  # of which the encoder takes the mean
+        expected = whole_head.loss(whole_encoder(inputs), SparseLabels.from_lists(lists), loss=loss)
+        expected.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    found = {"loss": abs(value.item() - expected.item())}
+    assert head.shard is not None
+    columns = slice(head.shard.begin, head.shard.end)
+    found["head"] = float((head.weight - whole_head.weight[columns]).abs().max())
+    for (name, one), other in zip(
+        encoder.named_parameters(), whole_encoder.parameters(), strict=True
+    ):
+        full = one.full_tensor() if isinstance(one, DTensor) else one
+        found[name] = float((full - other).abs().max())
+    return found

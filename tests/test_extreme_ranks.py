@@ -426,3 +426,10 @@ def test_debug_checks(ranks: Processes) -> None:
     said = ranks.run(2, spread_heads.debugged)
     assert said[0] == "target must lie in [0, 1], got 2.0"
     assert said[1].startswith("rank 0 has bad arguments")
+
+
+@pytest.mark.parametrize("loss", ["sigmoid_cross_entropy", "multilabel_categorical_crossentropy"])
+@pytest.mark.parametrize("kind", ["DDP", "FSDP2"])
+def test_beside_an_encoder(kind: str, loss: str, ranks: Processes) -> None:
+    for found in ranks.run(2, spread_heads.beside_an_encoder, kind, loss):
+        assert max(found.values()) < 1e-12, found

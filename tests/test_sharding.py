@@ -163,6 +163,18 @@ def test_nothing_there(loss: Loss, ranks: Processes) -> None:
         assert no_labels == (0, [2, 0])
 
 
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("chunk", [None, 32])
+@pytest.mark.parametrize("target", ["sparse", "dense"])
+@pytest.mark.parametrize(
+    "name", ["linear_sigmoid_cross_entropy", "linear_multilabel_categorical_crossentropy"]
+)
+def test_linear(name: str, target: str, chunk: int | None, count: int, ranks: Processes) -> None:
+    for kind in KINDS:
+        for found in ranks.run(count, sharded.linear, name, target, chunk, kind):
+            assert max(found.values()) < 1e-12, found
+
+
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("k", [1, 5, 12])
 @pytest.mark.parametrize("kind", KINDS)
