@@ -1,7 +1,8 @@
-"""Draw the results of the benchmarks: share of copy bandwidth, time, peak memory.
+"""Draw the results of the benchmarks: share of copy bandwidth, time, peak memory; and plans.
 
     python bench/plots.py                      the newest results in bench/results, to docs/images
     python bench/plots.py FILE.json --output FOLDER
+    python bench/plots.py --plans              the curves of the model in bench/scaling.py
 
 Takes what `bench/run.py` and `bench/gpu.py` write. The files are called after the device, not after
 the date, so that pages which show them stay as they are.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import scaling
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
@@ -247,6 +249,93 @@ def draw_memory(rows: Sequence[Row], device: str) -> Figure | None:
     return figure
 
 
+# --- curves of the model of labels that are spread over ranks -------------------------------------
+
+RANKS = tuple(2**power for power in range(11))
+LABELS = tuple(round(10 ** (6 + step / 8)) for step in range(25))
+# Optimizers, and whether with Kahan summation, of weights in bf16.
+KEPT = {
+    "SGD, Adagrad": ("adagrad", False),
+    "with Kahan summation": ("adagrad", True),
+    "momentum": ("momentum", False),
+    "AdamW": ("adamw", False),
+}
+LINES = ("#1b6ca8", "#7fb3d5", "#e08e0b", "#5b5b5b", "#b5446e")
+
+
+def draw_plan_of_memory() -> Figure:
+    """Bytes of a rank over the labels, and the labels that fit over the ranks."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.8))
+    device = scaling.CLUSTERS["h200"].device
+    for (title, (optimizer, kahan)), colour in zip(KEPT.items(), LINES, strict=False):
+        setup = dataclasses.replace(scaling.DEFAULT, optimizer=optimizer, kahan=kahan)
+        terms = [
+            scaling.memory(dataclasses.replace(setup, labels=labels), device.kind)
+            for labels in LABELS
+        ]
+        left.plot(LABELS, [sum(each.values()) / 1e9 for each in terms], label=title, color=colour)
+        most = [
+            scaling.most_labels(dataclasses.replace(setup, ranks=ranks), device) for ranks in RANKS
+        ]
+        right.plot(RANKS, most, label=title, color=colour)
+    for cluster in scaling.CLUSTERS.values():
+        left.axhline(cluster.device.memory / 1e9, color="black", linewidth=0.8, linestyle=":")
+        name = cluster.device.name.partition(" ")[0]
+        left.annotate(name, (LABELS[0], 1.1 * cluster.device.memory / 1e9), fontsize=7)
+    left.set(xlabel="labels, on 16 ranks", ylabel="GB of a rank", xscale="log", yscale="log")
+    right.set(xlabel="ranks, H200", ylabel="labels that fit", xscale="log", yscale="log")
+    right.legend(frameon=False, fontsize=7)
+    figure.supxlabel("model; bf16 weights, 1024 hidden units, 1024 rows", fontsize=8)
+    return figure
+
+
+def draw_plan_of_time() -> Figure:
+    """Time of a step by what takes it, over the labels and over the ranks."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(6.4, 2.8), sharey=True)
+    cluster = scaling.CLUSTERS["h200"]
+    for axes, name, values in ((left, "labels", LABELS), (right, "ranks", RANKS)):
+        terms = [
+            scaling.step_seconds(dataclasses.replace(scaling.DEFAULT, **{name: value}), cluster)
+            for value in values
+        ]
+        for group, colour in zip(terms[0], LINES, strict=True):
+            # A single rank has no link.
+            shown = [(v, 1e3 * each[group]) for v, each in zip(values, terms, strict=True)]
+            shown = [(value, time) for value, time in shown if time > 0]
+            axes.plot(*zip(*shown, strict=True), label=group, color=colour)
+        total = [1e3 * sum(each.values()) for each in terms]
+        axes.plot(values, total, "--", label="all", color="black", linewidth=1)
+        axes.set(xscale="log", yscale="log")
+    left.set(xlabel=f"labels, on {scaling.DEFAULT.ranks} ranks", ylabel="ms of a step")
+    right.set(xlabel=f"ranks, {scaling.DEFAULT.labels:,} labels")
+    left.legend(frameon=False, fontsize=7)
+    figure.supxlabel(
+        "model; H200 by its data sheet, bf16, 1024 hidden units, 1024 rows, sigmoid, Adagrad",
+        fontsize=8,
+    )
+    return figure
+
+
+def draw_plans(folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with mpl.rc_context(STYLE):
+        return [
+            save(draw(), folder / f"scaling-{name}.svg")
+            for name, draw in (("memory", draw_plan_of_memory), ("time", draw_plan_of_time))
+        ]
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
+    # matplotlib ends some lines with a blank.
+    path.write_text("\n".join(map(str.rstrip, path.read_text().splitlines())) + "\n")
+    return path
+
+
 def draw_all(source: Path, folder: Path) -> list[Path]:
     document = json.loads(source.read_text())
     machine = document["machine"]
@@ -262,14 +351,8 @@ def draw_all(source: Path, folder: Path) -> list[Path]:
             ("memory", draw_memory),
         ):
             figure = draw(rows, device)
-            if figure is None:
-                continue
-            path = folder / f"{prefix}-{name}.svg"
-            figure.savefig(path, metadata={"Date": None}, facecolor="white")
-            plt.close(figure)
-            # matplotlib ends some lines with a blank.
-            path.write_text("\n".join(map(str.rstrip, path.read_text().splitlines())) + "\n")
-            written.append(path)
+            if figure is not None:
+                written.append(save(figure, folder / f"{prefix}-{name}.svg"))
     return written
 
 
@@ -278,8 +361,13 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("sources", nargs="*", type=Path, metavar="FILE.json")
+    parser.add_argument("--plans", action="store_true", help="draw the curves of the model alone")
     parser.add_argument("--output", type=Path, default=IMAGES)
     given = parser.parse_args()
+    if given.plans:
+        for path in draw_plans(given.output):
+            print(f"written to {path}")
+        return 0
     newest = [sorted(RESULTS.glob(pattern))[-1:] for pattern in ("cpu-*.json", "gpu-*.json")]
     sources = given.sources or [path for found in newest for path in found]
     written = [path for source in sources for path in draw_all(source, given.output)]
