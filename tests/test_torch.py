@@ -704,7 +704,8 @@ def test_modules_are_copied_and_moved() -> None:
     assert module.to("meta").pos_weight.device.type == "meta"
     assert repr(twin) == (
         "SigmoidCrossEntropyLoss(pos_weight=tensor[9], label_smoothing=0.0, ignore_index=None, "
-        "reduction='sum', normalizer=None, inplace_backward=False, grad_scale=1.0)"
+        "reduction='sum', normalizer=None, process_group=None, inplace_backward=False, "
+        "grad_scale=1.0)"
     )
 
 
