@@ -26,7 +26,8 @@ from mlloss_cuda import ExtremeLinear, SparseLabels
 from mlloss_cuda.labels import Cooccurrence, init_from_label_embedding, ppmi_embeddings
 from mlloss_cuda.metrics import PrecisionAtK
 from mlloss_cuda.xmc import Dataset, FeatureTransform, Model, Settings, read_dataset
-from mlloss_cuda.xmc.classifier import batch_of, best_labels
+from mlloss_cuda.xmc.classifier import best_labels, features_of
+from mlloss_cuda.xmc.classifier import labels_of as labels_of_rows
 from mlloss_cuda.xmc.losses import LOSSES
 from mlloss_cuda.xmc.model import make_encoder
 
@@ -84,10 +85,10 @@ def train_model(train: Dataset, settings: Settings, init: str) -> tuple[Model, F
         order = shuffle.permutation(train.num_rows)
         for first in range(0, train.num_rows, settings.batch_size):
             rows = order[first : first + settings.batch_size]
-            features, labels = batch_of(inputs, rows, torch.device("cpu"))
+            cpu = torch.device("cpu")
             loss = model.head.loss(
-                model.encoder(*features),
-                labels,
+                model.encoder(*features_of(inputs, rows, cpu)),
+                labels_of_rows(inputs, rows, cpu),
                 reduction="batchmean",
                 label_smoothing=settings.label_smoothing_of(train.num_labels),
             )

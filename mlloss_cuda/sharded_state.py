@@ -62,7 +62,9 @@ class Layout:
                 f"tensor of one process, got shape {list(value.shape)}"
             )
         if isinstance(value, DTensor):
-            if value.device_mesh == self._mesh and value.placements == self._placements:
+            # The same ranks; a state may be on another kind of device than the head.
+            same_ranks = torch.equal(value.device_mesh.mesh, self._mesh.mesh)
+            if same_ranks and value.placements == self._placements:
                 return value.to_local()
             value = value.full_tensor()
         return value[shard.begin : shard.end]

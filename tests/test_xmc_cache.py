@@ -265,7 +265,7 @@ def kill_at(event):
             step(os.fsync)(opened.fileno())
 
     cache._write_file = write_file
-    cache._sync_folder = step(cache._sync_folder)
+    cache.sync_folder = step(cache.sync_folder)
     cache.tempfile.mkdtemp = step(cache.tempfile.mkdtemp)
     cache.fcntl.flock = step(cache.fcntl.flock)
     cache.Path.rename = step(cache.Path.rename)
@@ -375,7 +375,7 @@ def test_an_entry_that_is_being_written_is_no_leftover(source, folder, tmp_path)
     written, go_on = os.pipe(), os.pipe()
 
     def work():
-        sync_folder = cache._sync_folder
+        sync_folder = cache.sync_folder
 
         def waiting(partial):
             if partial.name.endswith(".partial"):
@@ -383,7 +383,7 @@ def test_an_entry_that_is_being_written_is_no_leftover(source, folder, tmp_path)
                 os.read(go_on[0], 1)
             sync_folder(partial)
 
-        cache._sync_folder = waiting
+        cache.sync_folder = waiting
         assert_same(read_silently(path, folder), wanted)
 
     process = in_child(work)
@@ -557,7 +557,7 @@ def test_entries_can_be_read_where_nothing_can_be_written(source, folder, monkey
     def failing(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    for name in ("_partial_folder", "_locked", "_write_file", "_sync_folder"):
+    for name in ("_partial_folder", "_locked", "_write_file", "sync_folder"):
         monkeypatch.setattr(cache, name, failing)
     assert_same(read_silently(path, folder), wanted)
 

@@ -32,9 +32,11 @@ from mlloss_cuda.metrics import (
     RecallAtK,
     frequency_groups,
 )
+from mlloss_cuda.ranks import gather_rows as gather_rows_of
 from mlloss_cuda.xmc.data import Dataset, IntArray, atomic_file, gather_rows
 from mlloss_cuda.xmc.features import FeatureTransform
-from mlloss_cuda.xmc.model import JoinedEncoder, Model, make_encoder
+from mlloss_cuda.xmc.model import JoinedEncoder, Model, make_encoder, shard_of
+from mlloss_cuda.xmc.ranks import ALONE, Team, all_columns, whole_on_first
 from mlloss_cuda.xmc.settings import Settings
 
 Features = tuple[Tensor, ...]  # what the model's encoder takes
@@ -69,6 +71,10 @@ class Classifier:
     Data sets to predict for have the features of the training rows. Where a file has no header, its
     ids may count from another number than those of the training file did: `first_feature_id` and
     `first_label_id` tell, and are taken into account.
+
+    After a training over several ranks, each has the encoder and its labels of the head. Methods
+    that compute with all labels, and `save`, are then called on all ranks together, and return the
+    same everywhere. What `load` returns is whole.
     """
 
     settings: Settings
@@ -101,6 +107,12 @@ class Classifier:
         """Where the model is."""
         return self.model.head.weight.device
 
+    @property
+    def _team(self) -> Team:
+        """The ranks that have the other labels."""
+        shard = shard_of(self.model.head)
+        return ALONE if shard is None else Team(shard.process_group)
+
     def to(self, device: torch.device | str) -> Classifier:
         """Move the model."""
         self.model.to(device)
@@ -128,8 +140,14 @@ class Classifier:
     @torch.no_grad()
     def logits(self, dataset: Dataset) -> Iterator[tuple[Tensor, SparseLabels]]:
         """Logits ``[N, num_labels]`` and labels of the rows, batch by batch."""
+        head, shard = self.model.head, shard_of(self.model.head)
         for hidden, labels in encoded(self.model, self.inputs(dataset), holds_logits=True):
-            yield self.model.head(hidden), labels
+            if shard is None:
+                yield head(hidden), labels
+            else:
+                hidden = hidden.to(head.weight.dtype)
+                own = torch.nn.functional.linear(hidden, head.weight, head.bias)
+                yield all_columns(own, shard), labels
 
     def inputs(self, dataset: Dataset) -> Dataset:
         """The rows with transformed features, and ids that count as those of the training rows.
@@ -223,10 +241,17 @@ class Classifier:
             OSError: it cannot be written.
         """
         safetensors = load_safetensors()
+        shard = shard_of(self.model.head)
         weights = {
             f"model.{name}": value.detach().cpu().contiguous()
             for name, value in self.model.named_parameters()
+            if shard is None or not name.startswith("head.")
         }
+        if shard is not None:
+            for name, value in self.model.head.named_parameters():
+                whole = whole_on_first(value, shard)
+                if whole is not None:
+                    weights[f"model.head.{name}"] = whole
         weights["transform.scale"] = torch.from_numpy(self.transform.scale)
         weights["transform.shift"] = torch.from_numpy(self.transform.shift)
         weights["label_counts"] = self.label_counts.cpu()
@@ -242,9 +267,13 @@ class Classifier:
             "train_seconds": self.train_seconds,
             "mlloss_cuda": __version__,
         }
-        with atomic_file(path) as temporary:
-            metadata = {"mlloss_cuda.xmc": json.dumps(facts)}
-            safetensors.torch.save_file(weights, temporary, metadata)
+        metadata = {"mlloss_cuda.xmc": json.dumps(facts)}
+
+        def write() -> None:
+            with atomic_file(path) as temporary:
+                safetensors.torch.save_file(weights, temporary, metadata)
+
+        self._team.first_does(write)
 
     @staticmethod
     def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> Classifier:
@@ -329,22 +358,22 @@ def _from_saved(facts: dict[str, Any], weights: dict[str, Tensor]) -> Classifier
 # ---- Batches -------------------------------------------------------------------------------------
 
 
-def batch_of(
-    dataset: Dataset, rows: IntArray, device: torch.device
-) -> tuple[Features, SparseLabels]:
-    """Dense features, or feature ids, values and offsets, of some rows, and their labels."""
+def features_of(dataset: Dataset, rows: IntArray, device: torch.device) -> Features:
+    """Dense features, or feature ids, values and offsets, of some rows."""
     arrays: tuple[np.ndarray, ...]
     if dataset.dense_features is not None:
         arrays = (dataset.dense_features[rows],)
     else:
         entries, offsets = gather_rows(dataset.feature_offsets, rows)
         arrays = dataset.feature_ids[entries], dataset.feature_values[entries], offsets
-    features = tuple(torch.from_numpy(array).to(device) for array in arrays)
-    label_entries, label_offsets = gather_rows(dataset.label_offsets, rows)
-    labels = SparseLabels(
-        torch.from_numpy(dataset.label_ids[label_entries]), torch.from_numpy(label_offsets)
-    )
-    return features, labels.to(device)
+    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+
+def labels_of(dataset: Dataset, rows: IntArray, device: torch.device) -> SparseLabels:
+    """The labels of some rows."""
+    entries, offsets = gather_rows(dataset.label_offsets, rows)
+    labels = SparseLabels(torch.from_numpy(dataset.label_ids[entries]), torch.from_numpy(offsets))
+    return labels.to(device)
 
 
 @torch.no_grad()
@@ -361,8 +390,8 @@ def encoded(
         batch_rows = min(batch_rows, max(1, EVALUATION_LOGITS // max(inputs.num_labels, 1)))
     for start in range(0, inputs.num_rows, batch_rows):
         rows = np.arange(start, min(start + batch_rows, inputs.num_rows))
-        features, labels = batch_of(inputs, rows, model.head.weight.device)
-        yield model.encoder(*features), labels
+        device = model.head.weight.device
+        yield model.encoder(*features_of(inputs, rows, device)), labels_of(inputs, rows, device)
 
 
 @torch.no_grad()
@@ -373,10 +402,20 @@ def best_labels(
     is_extreme = isinstance(model.head, ExtremeLinear)
     for hidden, labels in encoded(model, inputs, holds_logits=not is_extreme):
         if isinstance(model.head, ExtremeLinear):
-            logits, best = model.head.topk(hidden, k)
+            logits, best = _best_of_extreme(model.head, hidden, k)
         else:
-            logits, best = top_labels(model.head(hidden), k)
+            logits, best = top_labels(model.head(hidden), k, process_group=shard_of(model.head))
         yield logits.float(), best, labels
+
+
+def _best_of_extreme(head: ExtremeLinear, hidden: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best of all labels for rows that all ranks have, each of which finds those of some."""
+    if head.shard is None:
+        return head.topk(hidden, k)
+    team = Team(head.shard.process_group)
+    logits, best = head.topk(hidden[team.own_rows(len(hidden))], k)
+    counts = team.counts_of(len(hidden))
+    return gather_rows_of(logits, counts, team.group), gather_rows_of(best, counts, team.group)
 
 
 def curve_scores(model: Model, inputs: Dataset, propensity: Tensor) -> dict[str, float]:

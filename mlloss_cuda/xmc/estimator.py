@@ -18,6 +18,7 @@ from mlloss_cuda import ExtremeLinear
 from mlloss_cuda.xmc import trainer
 from mlloss_cuda.xmc.classifier import Classifier, encoded
 from mlloss_cuda.xmc.data import Dataset, FloatArray, IntArray
+from mlloss_cuda.xmc.ranks import ALONE
 from mlloss_cuda.xmc.settings import Settings
 
 try:
@@ -158,8 +159,8 @@ class ExtremeClassifier(ClassifierMixin, BaseEstimator):
         if settings.patience is not None:
             dataset, held_out = dataset.hold_out(self.validation_fraction, settings.seed)
         with _own_random_bits(settings.device):
-            classifier = trainer.fit(
-                dataset, settings, evaluate_on=held_out, progress=bool(self.verbose)
+            classifier = trainer.fit_in(
+                ALONE, dataset, settings, evaluate_on=held_out, progress=bool(self.verbose)
             )
         if isinstance(classifier.model.head, ExtremeLinear):
             classifier.model.head = _without_optimizer(classifier.model.head)

@@ -115,8 +115,9 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--checkpoint",
         type=Path,
-        metavar="FILE",
-        help="write the state of the run here, and go on from it if it is there",
+        metavar="PATH",
+        help="write the state of the run here, and go on from it if it is there: a file, or, of "
+        "several ranks, a folder",
     )
     train.add_argument(
         "--checkpoint-minutes",
@@ -124,6 +125,14 @@ def make_parser() -> argparse.ArgumentParser:
         default=5.0,
         metavar="VALUE",
         help=f"time between two states, 0: after every step{DEFAULT}",
+    )
+    train.add_argument(
+        "--timeout",
+        type=float,
+        default=30.0,
+        metavar="MINUTES",
+        help="of several ranks, how long one waits for another before it is taken for lost"
+        f"{DEFAULT}",
     )
     train.add_argument(
         "--head",

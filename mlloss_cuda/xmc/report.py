@@ -96,7 +96,7 @@ def _summary(classifier: Classifier, scores: Mapping[str, float]) -> dict[str, A
         "seed": settings.seed,
         "settings": dataclasses.asdict(settings),
         "feature_treatment": classifier.transform.treatment,
-        "parameters": sum(p.numel() for p in classifier.model.parameters()),
+        "parameters": classifier.model.num_parameters,
     }
 
 

@@ -40,10 +40,11 @@ from mlloss_cuda.xmc.data.csr import (
     FloatArray,
     IntArray,
     gather_rows,
+    offsets_of,
     row_chunks,
 )
 from mlloss_cuda.xmc.data.dataset import Dataset
-from mlloss_cuda.xmc.data.files import DataError, atomic_file, check_writable
+from mlloss_cuda.xmc.data.files import DataError, atomic_file, check_writable, sync_folder
 from mlloss_cuda.xmc.data.filters import read_filter_pairs
 from mlloss_cuda.xmc.data.reading import read_dataset, read_features, read_pair
 from mlloss_cuda.xmc.data.sources import from_sklearn_openml, from_sklearn_rcv1
@@ -62,10 +63,12 @@ __all__ = [
     "from_sklearn_openml",
     "from_sklearn_rcv1",
     "gather_rows",
+    "offsets_of",
     "read_dataset",
     "read_features",
     "read_filter_pairs",
     "read_pair",
     "row_chunks",
+    "sync_folder",
     "write_dataset",
 ]

@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlloss_cuda.xmc.data.dataset import Dataset
-from mlloss_cuda.xmc.data.files import DataError, current_umask, open_regular
+from mlloss_cuda.xmc.data.files import DataError, current_umask, open_regular, sync_folder
 
 FORMAT = 1  # of the entries, and of what the parsers make of a file; part of their names
 _CONTENTS = "contents.json"
@@ -200,7 +200,7 @@ def _write(entry: Path, dataset: Dataset, replaces: bool) -> None:
         contents = {"source": dataset.path, "facts": facts, "arrays": arrays}
         stored = {"checksum": _checksum_of(contents), "contents": contents}
         _write_file(partial / _CONTENTS, json.dumps(stored, indent=1).encode())
-        _sync_folder(partial)
+        sync_folder(partial)
         old = partial.with_name(f"{partial.stem}-old{_PARTIAL}")
         with _locked(entry.parent / _LOCK):
             if replaces and entry.exists():
@@ -211,7 +211,7 @@ def _write(entry: Path, dataset: Dataset, replaces: bool) -> None:
                 if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
         shutil.rmtree(old, ignore_errors=True)  # who has mapped its files keeps them
-        _sync_folder(entry.parent)
+        sync_folder(entry.parent)
 
 
 def _write_array(file: Path, array: npt.NDArray[Any]) -> dict[str, Any]:
@@ -234,14 +234,6 @@ def _write_file(file: Path, *parts: bytes | memoryview) -> None:
             opened.write(part)
         opened.flush()
         os.fsync(opened.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

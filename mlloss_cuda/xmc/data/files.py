@@ -76,6 +76,15 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
+def sync_folder(folder: Path) -> None:
+    """What names are in a folder is on the disk when this returns."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def current_umask() -> int:
     """The permissions that new files and directories do not get."""
     mask = os.umask(0)
