@@ -193,7 +193,7 @@ def _dims_of(
         dims = {input.dim() - 1: 0} if value.dim() == 1 else {}
     else:
         dims = {d: d for d in range(min(value.dim(), input.dim() - 1))}
-    return {of: own for of, own in dims.items() if value.shape[own] == input.shape[of] != 1}
+    return {of: own for of, own in dims.items() if value.shape[own] == input.shape[of]}
 
 
 def _labels_of_rank(

@@ -319,11 +319,11 @@ class ExtremeLinear(torch.nn.Module):
         loss_scale: float,
         whole_target: bool,
     ) -> Tensor:
-        arguments.flag(whole_target, "whole_target")
         training = self.training and torch.is_grad_enabled()
         given = {**loss_arguments, "grad_scale": grad_scale}
         rows, ranks = None, ALONE
         if self.shard is None:
+            arguments.flag(whole_target, "whole_target")
             layer = self._layer_of(hidden, loss, loss_scale, loss_arguments)
             shape = hidden.shape[:-1]
             logits = stand_in(shape, self.num_labels, layer.hidden)
@@ -333,14 +333,23 @@ class ExtremeLinear(torch.nn.Module):
         else:
             shard, ranks = self.shard, self._ranks
             told = ranks.errors_are_told(shared_batch.NUMBERS, self.weight.device)
-            with told if shared_batch.numbers_are_told(shard, whole_target) else nullcontext():
+            with (
+                told
+                if shared_batch.numbers_are_told(shard, whole_target is True)
+                else nullcontext()
+            ):
+                arguments.flag(whole_target, "whole_target")
+                for number, (name, _) in enumerate(self._parameters_by_name()):
+                    self._checked_group(number, name)
                 layer = self._layer_of(hidden, loss, loss_scale, loss_arguments)
                 own = shared_batch.check(
                     *(loss, layer.hidden, hidden.shape[:-1], target, mask, given, shard),
                     whole_target=whole_target,
                 )
             threshold = own.options.of_rows.get("threshold")
-            mode = training + 2 * self._accumulates
+            # What the exchanges hang on, beside the loss and its labels.
+            mode = training + 2 * self._accumulates + 4 * (own.options.normalizer is not None)
+            mode += 8 * FLOATING_DTYPES.index(layer.hidden.dtype)
             batch = shared_batch.share(own, mode, hidden.requires_grad, shard)
             labels, options, rows = batch.labels, batch.options, batch.rows
             wants_gradient = batch.wants_gradient
@@ -416,23 +425,30 @@ class ExtremeLinear(torch.nn.Module):
         if self.bias is not None:
             yield "bias", self.bias
 
-    def _stepper(self, number: int, name: str, loss_scale: float) -> Callable[..., None]:
-        """Return what takes the step for rows [begin, end) of a parameter from their gradient."""
+    def _checked_group(self, number: int, name: str) -> dict[str, Any]:
+        """Return the hyper-parameters of a parameter, which may have been changed or replaced."""
         parameter: Tensor = getattr(self, name)
-        group = self.optimizer.param_groups[number]
-        state = State(*(getattr(self, f"{name}_{field}") for field in State._fields))
-        group["params"] = [parameter]  # which may have been replaced
+        group: dict[str, Any] = self.optimizer.param_groups[number]
+        group["params"] = [parameter]
         _check_group(group)
         momentum = group.get("momentum", 0.0)
-        if momentum != 0 and state.first is None:
+        if momentum != 0 and getattr(self, f"{name}_first") is None:
             raise ValueError(
                 f"momentum is {momentum} in the head's param_groups, but the head was made without "
                 "momentum and has no state for it"
             )
-        if self.rule == "sgd" and momentum == 0:
-            state = state._replace(first=None)
         if not parameter.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {list(parameter.stride())}")
+        return group
+
+    def _stepper(self, number: int, name: str, loss_scale: float) -> Callable[..., None]:
+        """Return what takes the step for rows [begin, end) of a parameter from their gradient."""
+        parameter: Tensor = getattr(self, name)
+        group = self._checked_group(number, name)
+        momentum = group.get("momentum", 0.0)
+        state = State(*(getattr(self, f"{name}_{field}") for field in State._fields))
+        if self.rule == "sgd" and momentum == 0:
+            state = state._replace(first=None)
         betas = group.get("betas", (momentum, 0.0))
         low = parameter.dtype in (torch.bfloat16, torch.float16)
         step = Step(
@@ -756,7 +772,8 @@ def _best_of_own_rows(
     shard = process_group if isinstance(process_group, LabelShard) else None
     group = as_group(process_group if shard is None else shard.process_group, "process_group")
     ranks = Ranks(group)
-    with ranks.errors_are_told(3, weight.device):
+    device = weight.device if isinstance(weight, Tensor) else torch.device("cpu")
+    with ranks.errors_are_told(4, device):
         layer = linear.as_layer(hidden, weight, bias, chunk)
         arguments.integer(k, "k", 1)
         if shard is not None and weight.shape[0] != shard.width:
@@ -764,12 +781,18 @@ def _best_of_own_rows(
                 f"weight must have the {shard.width} labels of the shard [{shard.begin}, "
                 f"{shard.end}), got shape {list(weight.shape)}"
             )
-    (told,) = ranks.numbers([k, layer.hidden.shape[0], weight.shape[0]], weight.device)
-    if any(other != k for other, _, _ in told):
-        raise ValueError(f"k must be the same on all ranks, got {[other for other, _, _ in told]}")
-    widths = [width for _, _, width in told]
+    dtype = FLOATING_DTYPES.index(layer.hidden.dtype)
+    (told,) = ranks.numbers([k, dtype, layer.hidden.shape[0], weight.shape[0]], device)
+    alike: dict[str, list[Any]] = {
+        "k": [one[0] for one in told],
+        "the dtype of the products": [FLOATING_DTYPES[one[1]] for one in told],
+    }
+    for name, found in alike.items():
+        if len(set(found)) > 1:
+            raise ValueError(f"{name} must be the same on all ranks, got {found}")
+    widths = [width for *_, width in told]
     _check_k(k, sum(widths))
-    rows = SharedRows([count for _, count, _ in told], group)
+    rows = SharedRows([count for _, _, count, _ in told], group)
     layer = linear.cut(
         *(rows.gather(layer.hidden), layer.weight, layer.bias, chunk, sum(rows.counts)),
         whole_rows=False,

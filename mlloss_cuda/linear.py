@@ -17,7 +17,7 @@ from torch import Tensor
 from . import arguments, inplace, ops, reference, row_sums
 from .label_parts import LabelParts, part_width
 from .ranks import ALONE, ProcessGroup, Ranks, SharedRows, gathered
-from .sharding import LabelShard, local_labels
+from .sharding import LabelShard, check_plain, local_labels
 from .targets import (
     FLOATING_DTYPES,
     OBSERVED,
@@ -604,15 +604,16 @@ def _linear_sigmoid_cross_entropy(
 ) -> Tensor:
     layer = as_layer(hidden, layer_weight, bias, chunk)
     logits = stand_in(hidden.shape[:-1], layer.weight.shape[0], layer.hidden)
-    labels, ranks = _labels_of_ranks(logits, target, options)
+    name = "linear_sigmoid_cross_entropy"
+    labels, ranks = _labels_of_ranks(name, logits, target, options)
     checked = sigmoid_options(logits, weight_name="loss_weight", **options)
     sweep = sweep_of(layer, labels, checked, ranks)
     variables = (hidden, layer_weight, bias, None)
-    return _loss("linear_sigmoid_cross_entropy", sweep, layer, ranks, *variables)
+    return _loss(name, sweep, layer, ranks, *variables)
 
 
 def _labels_of_ranks(
-    logits: Tensor, target: LabelsLike, options: dict[str, Any]
+    call: str, logits: Tensor, target: LabelsLike, options: dict[str, Any]
 ) -> tuple[CheckedLabels, Ranks]:
     """Check target and mask for the labels of this rank; `options` loses what has been used."""
     mask, ignore_index = options.pop("mask"), options.pop("ignore_index")
@@ -621,7 +622,7 @@ def _labels_of_ranks(
         ranks, target, mask = local_labels(
             *(logits, target, mask, ignore_index, group),
             name="weight",
-            call=(options["reduction"],),
+            call={"loss": call, **options},
         )
     return check_labels(logits, target, mask, ignore_index), ranks
 
@@ -698,10 +699,10 @@ def _linear_multilabel_categorical_crossentropy(
     layer = as_layer(hidden, layer_weight, bias, chunk, whole_rows=True)
     shape = hidden.shape[:-1]
     logits = stand_in(shape, layer.weight.shape[0], layer.hidden)
-    labels, ranks = _labels_of_ranks(logits, target, arguments_of_loss)
+    name = "linear_multilabel_categorical_crossentropy"
+    labels, ranks = _labels_of_ranks(name, logits, target, arguments_of_loss)
     options = zlpr_options(logits, weight_name="loss_weight", **arguments_of_loss)
     sweep = sweep_of(layer, labels, options, ranks)
-    name = "linear_multilabel_categorical_crossentropy"
     variables = (hidden, layer_weight, bias, options.of_rows["threshold"])
     loss = _loss(name, sweep, layer, ranks, *variables)
     return loss.view(shape) if options.reduction == "none" else loss
@@ -804,6 +805,7 @@ def cut(
 
 def check_hidden(hidden: Tensor) -> None:
     """Check what a linear layer is applied to."""
+    check_plain(hidden, "hidden")
     if isinstance(hidden, Tensor) and hidden.dim() == 0:
         raise ValueError("hidden must have shape [..., d], got a 0-d tensor")
     arguments.check_input(hidden, "hidden", "hidden states")
@@ -812,6 +814,7 @@ def check_hidden(hidden: Tensor) -> None:
 def _check_parameter(parameter: Tensor, name: str, hidden: Tensor) -> None:
     if not isinstance(parameter, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(parameter).__name__}")
+    check_plain(parameter, name)
     check_strided(parameter, name)
     converts = product_dtype(parameter) == product_dtype(hidden)
     if parameter.dtype not in FLOATING_DTYPES or not converts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,14 @@ class _Loss(torch.nn.Module):
                 self.register_buffer(name, value, persistent=False)
             else:
                 setattr(self, name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
+        """Copy all but the process group, of which there are no copies."""
+        group = getattr(self, "process_group", None)
+        memo[id(group)] = group
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Loss:
         before = dict(self.named_buffers(recurse=False))

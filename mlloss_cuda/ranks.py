@@ -111,7 +111,7 @@ class Ranks:
         """Let other ranks, which will ask for `count` :meth:`numbers`, not wait after an error."""
         try:
             yield
-        except (TypeError, ValueError):
+        except Exception:
             self._told([1, *[0] * count], device)
             raise
 
@@ -148,6 +148,15 @@ class Ranks:
 ALONE = Ranks()
 
 
+def _no_second_derivative() -> None:
+    """Raise where the backward pass is to be differentiated: each rank would miss the others."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "losses over several ranks have no second derivative: their backward pass cannot be "
+            "differentiated (create_graph=True)"
+        )
+
+
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:  # noqa: ARG004
@@ -155,6 +164,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        _no_second_derivative()
         return grad, None
 
 
@@ -166,6 +176,7 @@ class _SideBySide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        _no_second_derivative()
         total = gathered(grad, ctx.group).sum(dim=0)
         first = dist.get_rank(ctx.group) * ctx.width
         return total[:, first : first + ctx.width], None

@@ -744,7 +744,7 @@ def multilabel_margin_loss(
     # Also the gradient of a row with something invalid is NaN.
     bad = bad.any(dim=1)
     invalid = torch.where(bad[:, None], keys, 0.0) * math.nan
-    loss = torch.where(bad, invalid.sum(dim=1), loss)
+    loss = torch.where(bad, invalid.sum(dim=1) + math.nan, loss)
     loss = (loss / size.clamp(min=1)).to(y.dtype)
     return reduce_loss(loss, None, weight, reduction, normalizer, ranks)
 

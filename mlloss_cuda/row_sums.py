@@ -20,7 +20,7 @@ def combined(parts: Tensor) -> Tensor:
     # An empty sum says nothing of the largest; an infinite one is so whatever it is.
     shift = torch.where(sums == 0, -math.inf, largest).amax(dim=0)
     shift = torch.where(shift.isinf(), 0.0, shift)
-    scaled = torch.where(sums == 0, 0.0, sums * (largest - shift).exp())
+    scaled = torch.where((sums == 0) | sums.isinf(), sums, sums * (largest - shift).exp())
     return torch.stack([shift, scaled.sum(dim=0)], dim=2).flatten(1)
 
 

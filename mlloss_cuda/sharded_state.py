@@ -67,4 +67,5 @@ class Layout:
             if same_ranks and value.placements == self._placements:
                 return value.to_local()
             value = value.full_tensor()
-        return value[shard.begin : shard.end]
+        # Of its own: with assign=True it becomes a parameter, which would keep all labels.
+        return value[shard.begin : shard.end].clone()

@@ -266,7 +266,7 @@ def _over_group(
     arguments.check_input(input)
     ranks, target, options["mask"] = local_labels(
         *(input, target, options.get("mask"), options.get("ignore_index"), process_group),
-        call=(loss.__name__, options.get("reduction")),
+        call={"loss": loss.__name__, **options},
     )
     return loss(input, target, process_group=ranks, **options)
 
@@ -279,7 +279,7 @@ def local_labels(
     process_group: ProcessGroup | LabelShard,
     *,
     name: str = "input",
-    call: tuple[Any, ...] = (),
+    call: dict[str, Any],
 ) -> tuple[Ranks, LabelsLike, LabelsLike | None]:
     """Return the other ranks, and target and mask with sparse ones cut to the columns of input.
 
@@ -290,11 +290,11 @@ def local_labels(
         ignore_index: of the loss.
         process_group: of the loss.
         name: what has the labels of input.
-        call: what has to be the same on all ranks beside the rows.
+        call: what else has to be alike on all ranks.
     """
     ranks = _ranks_of_group(input, process_group, name)
     if debugging():
-        check_alike(call, input, ranks)
+        check_alike(input, process_group, ranks, {**call, "target": target, "mask": mask})
     if is_sparse(target) or is_sparse(mask):
         begin, num_labels = _bounds(input, process_group, ranks)
         leading, width = input.shape[:-1], input.shape[-1]
@@ -341,12 +341,17 @@ def checked_sparse(
 
 
 def label_range(
-    input: Tensor, process_group: ProcessGroup | LabelShard | None, name: str
+    input: Tensor,
+    process_group: ProcessGroup | LabelShard | None,
+    name: str,
+    call: dict[str, Any],
 ) -> tuple[Ranks, int | Tensor, int | Tensor]:
     """Return who else has labels of input, its first label, and the number of all labels."""
     if process_group is None:
         return ALONE, 0, input.shape[-1]
     ranks = _ranks_of_group(input, process_group, name)
+    if debugging():
+        check_alike(input, process_group, ranks, call)
     return ranks, *_bounds(input, process_group, ranks)
 
 
@@ -374,17 +379,63 @@ def _bounds(
     return (int(before), int(total)) if contents_may_be_checked(input) else (before, total)
 
 
-def check_alike(call: tuple[Any, ...], input: Tensor, ranks: Ranks) -> None:
-    """Raise on all ranks if they call different losses, or rows that differ in number or dtype.
+def check_plain(value: object, name: str) -> None:
+    """Raise ``TypeError`` for a DTensor where it cannot be taken."""
+    if is_dtensor(value):
+        raise TypeError(f"{name} must be a plain tensor: give to_local() of it, and process_group")
 
-    Without this, such a call waits for what never comes.
+
+def check_alike(
+    input: Tensor, process_group: ProcessGroup | LabelShard, ranks: Ranks, call: dict[str, Any]
+) -> None:
+    """Look at what ranks that share the labels have to give alike; others would wait, or crash.
+
+    Raises:
+        ValueError: it is not, or their shards do not make up the labels; raised on all of them.
     """
-    own = (*call, list(input.shape[:-1]), str(input.dtype))
+    own = {
+        "rows of input": list(input.shape[:-1]),
+        "dtype of input": str(input.dtype),
+        "process_group": type(process_group).__name__,
+        **{name: _described(value, input) for name, value in call.items()},
+    }
+    shard = None
+    if isinstance(process_group, LabelShard):
+        shard = (process_group.begin, process_group.end, process_group.num_labels)
     everyone: list[Any] = [None] * dist.get_world_size(ranks.labels)
-    dist.all_gather_object(everyone, own, group=ranks.labels)
-    for rank, other in enumerate(everyone):
-        if other != own:
+    dist.all_gather_object(everyone, (own, shard), group=ranks.labels)
+    first = everyone[0][0]
+    for rank, (other, _) in enumerate(everyone):
+        for name in first | other:
+            if other.get(name) != first.get(name):
+                raise ValueError(
+                    f"{name} must be alike on all ranks that share the labels, got "
+                    f"{first.get(name)} on rank 0 of the group and {other.get(name)} on rank {rank}"
+                )
+    if shard is not None:
+        end = 0
+        for begin, next_end, num_labels in sorted(one for _, one in everyone):
+            if begin != end or num_labels != shard[2]:
+                break
+            end = next_end
+        if end != shard[2]:
+            shards = [one[:2] for _, one in everyone]
             raise ValueError(
-                "input must be logits of the same rows, and the loss the same, on all ranks that "
-                f"share the labels: got {own} here and {other} on rank {rank} of the group"
+                f"process_group: the shards {shards} must make up the {shard[2]} labels"
             )
+
+
+def _described(value: Any, input: Tensor) -> Any:
+    """What ranks have to give alike of an argument: not its columns."""
+    if isinstance(value, SparseLabels):
+        return ("SparseLabels", value.num_rows, value.values is None, value.observed_only)
+    if isinstance(value, PackedLabels):
+        return ("PackedLabels", list(value.words.shape[:-1]))
+    if not isinstance(value, Tensor):
+        return repr(value)
+    if value.layout != torch.strided or value.is_nested:
+        return (str(value.layout), len(value))
+    columns = value.shape[-1] if value.dim() else 1
+    # A rank may have a single label, as many as what is alike in a row.
+    fits = columns in (1, input.shape[-1])
+    return (str(value.dtype), list(value.shape[:-1]), "its labels" if fits else columns)

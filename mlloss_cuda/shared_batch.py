@@ -40,7 +40,11 @@ from .targets import (
 # What ranks have to give alike, or they would wait for what never comes; and what may differ.
 _ALIKE = ("loss", "reduction", "mode", "target", "mask", "weight", "pos_weight", "threshold")
 _SIZES = ("rows", "wants_gradient", "target", "target values", "mask")
-_WHAT = {"loss": "loss", "reduction": "reduction", "mode": "training, evaluation or accumulate()"}
+_WHAT = {
+    "loss": "loss",
+    "reduction": "reduction",
+    "mode": "training, accumulate(), autocast, and whether there is a normalizer",
+}
 NUMBERS = len(_ALIKE) + len(_SIZES)
 
 # Kinds of what a rank has for its rows, in the numbers of a notice; 0 stands for nothing.

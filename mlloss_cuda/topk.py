@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import arguments
 from .ranks import ProcessGroup, Ranks, gathered
-from .sharding import LabelShard, is_dtensor, label_range
+from .sharding import LabelShard, check_plain, label_range
 
 # [N, labels] that a class below makes, orders and turns into scores and labels again.
 Ordered = tuple[Tensor, ...]
@@ -39,11 +39,10 @@ def top_labels(
     >>> labels.tolist()
     [[1, 3, 2]]
     """
-    if is_dtensor(scores):
-        raise TypeError("scores must be a plain tensor: give to_local() of them, and process_group")
+    check_plain(scores, "scores")
     arguments.check_input(scores, "scores", "scores")
     arguments.integer(k, "k", 1)
-    ranks, begin, num_labels = label_range(scores, process_group, "scores")
+    ranks, begin, num_labels = label_range(scores, process_group, "scores", {"k": k})
     if not isinstance(num_labels, Tensor) and k > num_labels:
         raise ValueError(f"k must be at most the number of labels, {num_labels}, got {k}")
     order = order_of(scores.dtype)

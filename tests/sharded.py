@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -271,15 +272,127 @@ def errors(rank: Rank) -> list[str]:
     ]
 
 
-def different_rows(rank: Rank) -> str:
-    """What is said, with debug checks, where ranks have other rows."""
-    x = torch.zeros(2 + rank.place, 3)
-    y = torch.zeros_like(x, dtype=torch.bool)
+DIFFERENT_CALLS = (
+    *("rows", "normalizer", "target", "mask", "reduction", "weight", "threshold", "k"),
+    *("inplace_backward", "loss"),
+)
+
+
+def checked(call: Callable[[], object]) -> str:
+    """What is said with debug checks."""
     mlloss_cuda.debug_checks(True)
     try:
-        return said_by(lambda: mlloss_cuda.zlpr_loss(x, y, process_group=rank.group))
+        return said_by(call)
     finally:
         mlloss_cuda.debug_checks(False)
+
+
+def different_calls(rank: Rank, what: str) -> str:
+    """What is said where the second rank calls something else."""
+    other = rank.place == 1
+    x = torch.zeros(2 + (other and what == "rows"), 3)
+    y: Any = torch.zeros_like(x, dtype=torch.bool)
+    options: dict[str, Any] = {}
+    loss: Callable[..., Tensor] = mlloss_cuda.zlpr_loss
+    if other and what == "target":
+        y = PackedLabels.pack(y)
+    elif other and what == "loss":
+        loss = mlloss_cuda.lsep_loss
+    elif what == "k":
+        return checked(lambda: mlloss_cuda.top_labels(x, 1 + other, process_group=rank.group))
+    elif other and what != "rows":
+        options[what] = {
+            "normalizer": 2.0,
+            "mask": torch.ones_like(x, dtype=torch.bool),
+            "reduction": "sum",
+            "weight": torch.ones(2),
+            "threshold": torch.zeros(2),
+            "inplace_backward": True,
+        }[what]
+    return checked(lambda: loss(x, y, process_group=rank.group, **options))
+
+
+def different_shards(rank: Rank, labels: list[tuple[int, int]]) -> str:
+    """What is said of shards that do not make up six labels."""
+    begin, end = labels[rank.place]
+    x = torch.zeros(2, end - begin)
+    shard = LabelShard(6, begin, end, rank.group)
+    y = SparseLabels.from_lists([[], []])
+    return checked(lambda: mlloss_cuda.zlpr_loss(x, y, process_group=shard))
+
+
+def alike(rank: Rank) -> bool:
+    """Calls with all arguments, whose columns differ in number."""
+    begin, end = bounds(7, rank.count, "uneven")[rank.place : rank.place + 2]
+    shard = LabelShard(7, begin, end, rank.group)
+    x, target = torch.zeros(2, end - begin), torch.full((2, end - begin), torch.nan)
+    return (
+        checked(
+            lambda: mlloss_cuda.sigmoid_cross_entropy(
+                x,
+                target,
+                ignore_index=torch.nan,
+                mask=torch.ones(2, 1, dtype=torch.bool),
+                weight=torch.ones(end - begin),
+                pos_weight=torch.ones(2, 1),
+                normalizer=torch.tensor(3.0),
+                process_group=shard,
+            )
+        )
+        == ""
+    )
+
+
+def infinite(rank: Rank, name: str, backend: str) -> tuple[Tensor, Tensor]:
+    """Losses and gradients of rows with infinite logits, whole and spread; of all labels."""
+    inf = torch.inf
+    x = torch.tensor(
+        [
+            [inf, 100.0, 1000.0],
+            [-inf, -100.0, -1000.0],
+            [inf, -inf, 1000.0],
+            [1000.0, inf, -5.0],
+            [-inf, 0.0, 3.0],
+        ],
+        dtype=torch.float64,
+    )
+    y = torch.tensor([[0, 0, 0], [1, 1, 1], [0, 1, 1], [1, 0, 0], [0, 0, 1]], dtype=torch.bool)
+    begin, end = bounds(3, rank.count, "even")[rank.place : rank.place + 2]
+    loss = getattr(mlloss_cuda, name)
+    with use_backend(backend):
+        whole, own = x.clone().requires_grad_(), x[:, begin:end].clone().requires_grad_()
+        expected = loss(whole, y, reduction="none")
+        found = loss(own, y[:, begin:end], reduction="none", process_group=rank.group)
+    of_whole = torch.autograd.grad(expected.sum(), whole)[0][:, begin:end]
+    of_own = torch.autograd.grad(found.sum(), own)[0]
+    # Gradients where those of one process are numbers: an infinite logit makes many NaN.
+    finite = of_whole.isfinite()
+    return (
+        torch.cat([expected.detach(), torch.where(finite, of_whole, 0.0).flatten()]),
+        torch.cat([found.detach(), torch.where(finite, of_own, 0.0).flatten()]),
+    )
+
+
+def nan_margin(rank: Rank) -> float:
+    """Of a row with NaN and no positive, all of whose labels the first rank has."""
+    x = torch.tensor([[torch.nan, 1.0, 2.0]])[:, : 0 if rank.place else 3]
+    y = torch.zeros_like(x, dtype=torch.bool)
+    return mlloss_cuda.multilabel_margin_loss(x, y, process_group=rank.group).item()
+
+
+def second_derivative(rank: Rank, name: str) -> str:
+    """What is said of an attempt."""
+    x = torch.zeros(2, 3, requires_grad=True)
+    y = torch.eye(2, 3).bool()
+    loss = getattr(mlloss_cuda, name)(x, y, process_group=rank.group)
+    return said_by(lambda: torch.autograd.grad(loss, x, create_graph=True))
+
+
+def copied_module(rank: Rank) -> bool:
+    """Whether a copy has the same process group."""
+    module = mlloss_cuda.ZLPRLoss(process_group=rank.group, threshold=torch.zeros(()))
+    twin = copy.deepcopy(module)
+    return twin.process_group is rank.group and twin.threshold is not module.threshold
 
 
 def module(rank: Rank) -> float:

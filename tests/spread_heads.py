@@ -350,6 +350,22 @@ def errors(rank: Rank) -> list[str]:
     def loss(target: Any = none, hidden: Tensor = hidden, **options: Any) -> Any:
         return head.loss(hidden, target, **options)
 
+    dtype = torch.float32 if first else torch.float64
+    single = ExtremeLinear(FEATURES, 6, process_group=rank.group)
+    spread = DTensor.from_local(hidden, DeviceMesh.from_group(rank.group, "cpu"))
+
+    def under_autocast(enabled: bool) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return single.loss(hidden.float(), none)
+
+    def with_learning_rate(rate: float) -> Any:
+        group = head.optimizer.param_groups[0]
+        before, group["lr"] = group["lr"], rate
+        try:
+            return loss()
+        finally:
+            group["lr"] = before
+
     calls: list[Callable[[], Any]] = [
         lambda: loss(SparseLabels.from_lists([[6 if first else 0], []])),
         lambda: loss(hidden=hidden[:, 1:] if first else hidden),
@@ -362,6 +378,12 @@ def errors(rank: Rank) -> list[str]:
         lambda: loss(loss="multilabel_categorical_crossentropy") if first else loss(),
         lambda: loss() if first else head.eval().loss(hidden, none),
         lambda: loss(pos_weight=torch.ones(5)),
+        lambda: loss(normalizer=3.0 if first else None),
+        lambda: under_autocast(first),
+        lambda: with_learning_rate(-1.0 if first else 0.1),
+        lambda: loss(hidden=spread if first else hidden),
+        lambda: loss(hidden=hidden.to("meta") if first else hidden),
+        lambda: loss(whole_target=1 if first else False),
         lambda: loss(whole_target=True),
         lambda: loss(whole_target=1),
         lambda: loss(dense, whole_target=True, hidden=hidden[:1]).item(),
@@ -369,6 +391,12 @@ def errors(rank: Rank) -> list[str]:
         lambda: head.topk(hidden[:, 1:] if first else hidden, 3),
         lambda: head.topk(hidden, 7),
         lambda: extreme_topk(hidden, head.weight[1:], None, 1, process_group=head.shard),
+        lambda: extreme_topk(
+            *(hidden, None if first else head.weight, None, 1), process_group=rank.group
+        ),
+        lambda: extreme_topk(
+            *(hidden.to(dtype), head.weight.to(dtype), None, 1), process_group=rank.group
+        ),
         lambda: head(hidden),
         lambda: head.load_state_dict(head.state_dict() | {"bias": torch.zeros(3)}),
         lambda: ExtremeLinear(3, 4, device_mesh=rank.group),

@@ -371,6 +371,7 @@ def test_errors(ranks: Processes) -> None:
     """Where one rank has bad arguments, no rank waits, and all can go on."""
     elsewhere = "RuntimeError: rank 0 has bad arguments"
     alike = "ValueError: {} must be the same on all ranks"
+    mode = alike.format("training, accumulate(), autocast, and whether there is a normalizer")
     expected = [
         ("ValueError: target holds the index 6", elsewhere),
         ("ValueError: weight must have shape", elsewhere),
@@ -381,8 +382,14 @@ def test_errors(ranks: Processes) -> None:
         alike.format("format and dtype of weight"),
         alike.format("reduction"),
         alike.format("loss"),
-        alike.format("training, evaluation or accumulate()"),
+        mode,
         "ValueError: pos_weight without rows must have 6 elements",
+        mode,
+        mode,
+        ("ValueError: lr must be finite and not negative", elsewhere),
+        ("TypeError: hidden must be a plain tensor", elsewhere),
+        ("ValueError: weight must be on the device of hidden", elsewhere),
+        ("TypeError: whole_target must be a bool", elsewhere),
         "ValueError: hidden must have the rows",
         "TypeError: whole_target must be a bool",
         "nothing: 0.",
@@ -390,6 +397,8 @@ def test_errors(ranks: Processes) -> None:
         ("ValueError: weight must have shape", elsewhere),
         "ValueError: k must be at most the number of labels, 6, got 7",
         "ValueError: weight must have the 3 labels of the shard [",
+        ("TypeError: weight must be a tensor", elsewhere),
+        "ValueError: the dtype of the products must be the same on all ranks",
         "RuntimeError: the logits of all labels are nowhere",
         "ValueError: bias must have the 6 labels of all ranks",
         "TypeError: device_mesh must be a torch.distributed.device_mesh.DeviceMesh",

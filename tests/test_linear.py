@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import subprocess
 import sys
 from typing import Any
@@ -327,6 +328,18 @@ def test_confident_logits(backend: Backend, loss: Any) -> None:
     assert 0 < expected.item() < 1e-15
     value = FUSED[loss](hidden, weight, labels, chunk=32)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+
+
+def test_an_infinite_logit_in_another_part_than_large_ones(backend: Backend) -> None:
+    weight = torch.zeros(64, 1, dtype=torch.float64, device=backend.device)
+    weight[3], weight[40] = math.inf, 1000
+    hidden, labels = torch.ones_like(weight[:1]), SparseLabels.from_lists([[]])
+    labels = labels.to(backend.device)
+    for chunk in (32, 64):
+        loss = mlloss_cuda.linear_multilabel_categorical_crossentropy(
+            hidden, weight, labels, chunk=chunk
+        )
+        assert loss.item() == math.inf
 
 
 @LOSSES

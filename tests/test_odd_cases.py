@@ -717,6 +717,20 @@ def test_infinite_logit_on_its_wrong_side_costs_infinity(
             assert gradient[0].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loss", [ZLPR, RANKING], ids=str)
+def test_infinite_logit_beside_large_ones(backend: Backend, loss: Loss, dtype: torch.dtype) -> None:
+    """Also where the other side's sum underflows by itself."""
+    rows = [([1000.0, INF, -5.0], [1, 0, 0]), ([-1000.0, 2.0, -INF], [0, 0, 1])]
+    for columns in (3, 40):
+        x = torch.full((2, columns), -3.0, dtype=dtype)
+        y = torch.zeros(2, columns)
+        for i, (logits, labels) in enumerate(rows):
+            x[i, :3], y[i, :3] = torch.tensor(logits), torch.tensor(labels, dtype=y.dtype)
+        losses, _ = run(backend, loss, x, y.bool(), reduction="none")
+        assert losses.tolist() == [INF, INF]
+
+
 @pytest.mark.parametrize("alpha", [0.0, 1.0, torch.tensor(0.0), torch.tensor(1.0)], ids=str)
 def test_side_that_alpha_switches_off_costs_nothing(backend: Backend, alpha: Any) -> None:
     """Also where its cross-entropy is infinite."""

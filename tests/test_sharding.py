@@ -206,9 +206,47 @@ def test_errors(ranks: Processes) -> None:
             assert message.startswith(start), (message, start)
 
 
-def test_ranks_that_differ_are_told_apart(ranks: Processes) -> None:
-    for message in ranks.run(2, sharded.different_rows):
-        assert message.startswith("ValueError: input must be logits of the same rows")
+@pytest.mark.parametrize("what", sharded.DIFFERENT_CALLS)
+def test_calls_that_differ_are_told_apart(what: str, ranks: Processes) -> None:
+    name = "rows of input" if what == "rows" else what
+    for message in ranks.run(2, sharded.different_calls, what):
+        assert message.startswith(f"ValueError: {name} must be alike on all ranks"), message
+
+
+@pytest.mark.parametrize("labels", [[(0, 3), (0, 3)], [(0, 2), (3, 6)], [(0, 3), (3, 5)]])
+def test_shards_that_do_not_fit(labels: list[tuple[int, int]], ranks: Processes) -> None:
+    for message in ranks.run(2, sharded.different_shards, labels):
+        assert message.startswith("ValueError: process_group: the shards"), message
+
+
+def test_calls_that_are_alike_pass_the_checks(ranks: Processes) -> None:
+    assert all(ranks.run(3, sharded.alike))
+
+
+# In one row of each: what is infinite is on one rank, what is large on another.
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["zlpr_loss", "multilabel_ranking_loss"])
+def test_infinite_logits(name: str, backend: str, count: int, ranks: Processes) -> None:
+    for expected, found in ranks.run(count, sharded.infinite, name, backend):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0, equal_nan=True)
+
+
+def test_nan_where_a_rank_has_no_labels(ranks: Processes) -> None:
+    for loss in ranks.run(2, sharded.nan_margin):
+        assert np.isnan(loss)
+
+
+@pytest.mark.parametrize(
+    "name", ["multilabel_softmax_cross_entropy", "multilabel_margin_loss", "zlpr_loss"]
+)
+def test_second_derivatives_are_refused(name: str, ranks: Processes) -> None:
+    for message in ranks.run(2, sharded.second_derivative, name):
+        assert "has no second derivative" in message or "have no second derivative" in message
+
+
+def test_copies_of_modules(ranks: Processes) -> None:
+    assert all(ranks.run(2, sharded.copied_module))
 
 
 def test_module(ranks: Processes) -> None:

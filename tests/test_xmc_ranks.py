@@ -403,7 +403,7 @@ PROGRAM = (
     "import sys; from mlloss_cuda.xmc import cli, launch;"
     "launch.ROLL_CALL_SECONDS = 3; sys.exit(cli.main())"
 )
-SOON = 60  # seconds
+SOON = 180  # seconds, on a machine that is busy
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +485,7 @@ def test_a_rank_that_hangs(files: list[str], tmp_path: Path) -> None:
     processes[1].send_signal(signal.SIGSTOP)
     began = time.monotonic()
     statuses, _, errors = ends(processes[:1])
-    assert time.monotonic() - began < SOON
+    assert time.monotonic() - began < 60
     processes[1].kill()
     assert statuses == [3]
     (line,) = errors_said(errors)

@@ -96,12 +96,13 @@ struct Softplus {
   Real value, slope;
 
   MLLOSS_MATH Softplus(Real sum, ExactSum<Real> exponent) {
-    // From here on the 1 hardly matters, and u may overflow.
+    // From here on the 1 hardly matters, and u may overflow; where the sum is infinite, e^exponent
+    // may be 0.
     constexpr Real kFar = 32;
     const Real e = exp_nonpositive(-absolute(exponent.sum));
     if (sum == 0) {
       value = slope = 0 * e;  // NaN stays NaN
-    } else if (exponent.sum > kFar) {
+    } else if (exponent.sum > kFar || sum == kInfinity<Real>) {
       value = exponent.sum + (exponent.lost + Real(std::log(sum + e)));
       slope = 1 / (1 + e / sum);
     } else {
@@ -122,7 +123,7 @@ struct Softplus<float> {
   MLLOSS_MATH Softplus(float sum, ExactSum<float> exponent) {
     constexpr float kFar = 32;
     const float e = exp_nonpositive(-absolute(exponent.sum));
-    const bool is_far = exponent.sum > kFar;
+    const bool is_far = exponent.sum > kFar || sum == kInfinity<float>;
     const float power = exponent.sum > 0 ? 1 / e : e;
     const float u = sum * (power + power * exponent.lost);
     // One logarithm for both cases: that of `total` plus what rounding has lost of it.
