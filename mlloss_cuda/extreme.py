@@ -799,12 +799,7 @@ def _best_of_own_rows(
     )
     values, labels = _best(layer, k)
     labels += sum(widths[: dist.get_rank(group)]) if shard is None else shard.begin
-    missing = (0, k - labels.shape[1])
-    values = torch.nn.functional.pad(values, missing)
-    labels = torch.nn.functional.pad(labels, missing, value=-1)
-    return topk.merge_top_labels(
-        list(rows.give_back(values).unbind()), list(rows.give_back(labels).unbind()), k
-    )
+    return topk.best_of_ranks(values, labels, k, rows.give_back)
 
 
 def _check_group(group: dict[str, Any]) -> None:

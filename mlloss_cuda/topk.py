@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import arguments
-from .ranks import ProcessGroup, Ranks, gathered
+from .ranks import ProcessGroup, gathered
 from .sharding import LabelShard, check_plain, label_range
 
 # [N, labels] that a class below makes, orders and turns into scores and labels again.
@@ -49,28 +51,28 @@ def top_labels(
     rows = arguments.as_rows(scores.detach())
     own = min(k, scores.shape[-1])
     values, labels = order.scores_and_labels(order.best(order.of(rows, 0), own))
-    values, labels = best_of_ranks(values.to(scores.dtype), labels + begin, k, ranks)
+    values, labels = values.to(scores.dtype), labels + begin
+    if ranks.labels is not None:
+        values, labels = best_of_ranks(values, labels, k, lambda own: gathered(own, ranks.labels))
     shape = (*scores.shape[:-1], k)
     return values.view(shape), labels.view(shape)
 
 
-def best_of_ranks(scores: Tensor, labels: Tensor, k: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
-    """Return the k best of what ranks have found among their labels: ``[N, k]`` on each of them.
+def best_of_ranks(
+    scores: Tensor, labels: Tensor, k: int, exchange: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Return the k best of what ranks have found among their labels: ``[rows, k]``.
 
     Args:
         scores: ``[N, at most k]``, of this rank.
         labels: those of the scores, among all labels.
         k: at most the number of labels.
-        ranks: the others.
+        exchange: from ``[N, k]`` of this rank to ``[ranks, rows, k]``, what all have of some rows.
     """
-    if ranks.labels is None:
-        return scores, labels
     filler = k - scores.shape[1]
     scores = torch.nn.functional.pad(scores, (0, filler))
     labels = torch.nn.functional.pad(labels, (0, filler), value=-1)
-    return merge_top_labels(
-        gathered(scores, ranks.labels).unbind(), gathered(labels, ranks.labels).unbind(), k
-    )
+    return merge_top_labels(exchange(scores).unbind(), exchange(labels).unbind(), k)
 
 
 def merge_top_labels(

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from mlloss_cuda import __version__
+from mlloss_cuda.sharding import is_dtensor
 from mlloss_cuda.xmc.data import Dataset, atomic_file, check_writable, sync_folder
-from mlloss_cuda.xmc.ranks import Team, as_dtensor, is_dtensor, whole_on_first
+from mlloss_cuda.xmc.ranks import Team, as_dtensor, whole_on_first
 
 FORMAT = 3  # of the file
 CHECKED_ROWS = 1 << 12  # of an array at a time

@@ -17,7 +17,7 @@ from torch import Tensor
 from mlloss_cuda import LabelShard
 from mlloss_cuda.ranks import ProcessGroup, all_gather_single, gathered
 from mlloss_cuda.sharded_state import Layout
-from mlloss_cuda.sharding import as_group, even_range
+from mlloss_cuda.sharding import as_group, even_range, is_dtensor
 
 GATHERED_BYTES = 1 << 26  # of a tensor at a time, on its way to the first rank
 
@@ -176,11 +176,6 @@ def as_dtensor(value: Tensor, shard: LabelShard) -> Tensor:
     if is_dtensor(value):
         return value
     return Layout(shard, None, value.device.type).whole(value.detach())
-
-
-def is_dtensor(value: object) -> bool:
-    """Whether it is one. Without importing what one process does not need."""
-    return type(value).__module__.startswith("torch.distributed.tensor")
 
 
 def own_part(value: Tensor, shard: LabelShard) -> Tensor:
