@@ -71,12 +71,16 @@ def is_native(input: Tensor) -> bool:
     return False
 
 
-@torch.compiler.assume_constant_result
 def _gpu_is_served(index: int) -> bool:
     """Whether the kernels run on this GPU under this driver."""
     if index not in _served_gpus:
         _served_gpus[index] = build_information.gpu_problem(index) is None
     return _served_gpus[index]
+
+
+# torch.compiler.assume_constant_result without its import of the compiler, which takes as long as
+# that of torch and this library together.
+_gpu_is_served._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def serves_cpu() -> bool:

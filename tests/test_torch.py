@@ -23,6 +23,7 @@ from mlloss_cuda import (
     PackedLabels,
     SigmoidCrossEntropyLoss,
     SparseLabels,
+    build_information,
     ops,
 )
 from tests.cases import (
@@ -332,6 +333,22 @@ def test_compiled_equals_eager(compiled_backend: str, loss: Loss, case: str) -> 
     expected = value_and_gradients(function, x, target, options)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value_and_gradients(compiled, x, target, options), expected)
+
+
+def test_graphs_take_it_that_a_gpu_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph can ask a driver: that is done while it is made."""
+
+    def problem(index: int) -> str | None:
+        torch._dynamo.graph_break()  # an error, if this were in the graph
+        return None
+
+    monkeypatch.setattr(ops, "_served_gpus", {})
+    monkeypatch.setattr(build_information, "gpu_problem", problem)
+    negated_elsewhere = torch.compile(
+        lambda x: x if ops._gpu_is_served(3) else -x, fullgraph=True, backend="eager"
+    )
+    assert negated_elsewhere(torch.ones(1)) == 1
+    assert ops._served_gpus == {3: True}
 
 
 @compiled_on("loss", [(SIGMOID,), (ZLPR,), (MARGIN,)])
