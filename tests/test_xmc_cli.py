@@ -138,7 +138,8 @@ def test_killed_and_resumed(folder, tmp_path, options):
     """kill -9 in the middle, several times: the bits of the end are those of a run in one go."""
     arguments = ["train", *files(folder), *QUICK, "--epochs", "6", "--quiet", "--ensemble", "2"]
     arguments += options
-    command = [sys.executable, "-m", "mlloss_cuda.xmc", *arguments, "--checkpoint-minutes", "0"]
+    arguments += ["--checkpoint-minutes", "0"]
+    command = [sys.executable, "-m", "mlloss_cuda.xmc", *arguments]
     paths = [tmp_path / "killed.pt", tmp_path / "whole.pt"]
     kills = 0
     for wanted in (2, 9, 1000):  # states to wait for
@@ -156,7 +157,7 @@ def test_killed_and_resumed(folder, tmp_path, options):
         process.wait()
     assert kills >= 1
     assert process.returncode == 0
-    subprocess.run([*command, "--checkpoint", str(paths[1])], check=True, capture_output=True)
+    assert main([*arguments, "--checkpoint", str(paths[1])]) == 0
     states = [torch.load(path, weights_only=True)["state"]["finished"] for path in paths]
     assert [len(state) for state in states] == [2, 2]
     for one, two in zip(*states, strict=True):
