@@ -44,9 +44,10 @@ def columns_of(
     entries = indices.shape[0]
     if contents_may_be_checked(indices):
         require_indices(indices, offsets, int(num_labels), name)
-    local = indices - begin
-    outside = indices >= num_labels
-    kept = ((indices >= begin) & (local < width)) | outside
+    ids = indices.long()  # labels may be more than 32 bits can count
+    local = ids - begin
+    outside = ids >= num_labels
+    kept = ((local >= 0) & (local < width)) | outside
     local = torch.where(outside, torch.iinfo(indices.dtype).max, local)
     # How many are kept before each entry, and so the place that it gets; others share a last one.
     before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
@@ -58,6 +59,8 @@ def columns_of(
     def moved(own: Tensor, filler: float) -> Tensor:
         return own.new_full((entries + 1,), filler).scatter_(0, places, own)[:count]
 
+    # What is kept fits; of the others, only the place that nobody reads gets something.
+    local = torch.where(kept, local, -1).to(indices.dtype)
     return labels._replace(
         indices=moved(local, -1),
         offsets=boundaries,

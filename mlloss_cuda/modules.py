@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import functional
+from .ranks import KeptGroup
 from .sharding import Group
 from .targets import LabelsLike
 
@@ -20,6 +20,8 @@ class _Loss(torch.nn.Module):
     They keep their dtype: a model in half precision still has a normalizer of 1001 samples.
     """
 
+    process_group = KeptGroup()
+
     def __init__(self, **constants: object) -> None:
         super().__init__()
         self._constant_names = tuple(constants)
@@ -28,14 +30,6 @@ class _Loss(torch.nn.Module):
                 self.register_buffer(name, value, persistent=False)
             else:
                 setattr(self, name, value)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Loss:
-        """Copy all but the process group, of which there are no copies."""
-        group = getattr(self, "process_group", None)
-        memo[id(group)] = group
-        twin = type(self).__new__(type(self))
-        twin.__dict__ = copy.deepcopy(self.__dict__, memo)
-        return twin
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Loss:
         before = dict(self.named_buffers(recurse=False))

@@ -10,6 +10,7 @@ and the same bits every time, whichever way a backend would have reduced them.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,67 @@ all_gather_single: Any = getattr(
 reduce_scatter_single: Any = getattr(
     dist, "reduce_scatter_single", getattr(dist, "reduce_scatter_tensor", None)
 )
+
+
+class GroupReference:
+    """A process group that somebody else keeps: torch, until it is destroyed.
+
+    A group that outlives ``destroy_process_group`` can end the process with an error at its exit.
+
+    Args:
+        group: which one.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = weakref.ref(group)
+
+    def __call__(self) -> ProcessGroup:
+        """Return the group.
+
+        Raises:
+            RuntimeError: it has been destroyed.
+        """
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group of these labels has been destroyed")
+        return group
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same group."""
+        return isinstance(other, GroupReference) and self._group == other._group
+
+    def __hash__(self) -> int:
+        """That of the group."""
+        return hash(self._group)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupReference:
+        """Return itself: there are no copies of process groups."""
+        return self
+
+    def __reduce__(self) -> Any:
+        """Raise ``TypeError``."""
+        raise TypeError(
+            "what belongs to a process group cannot be pickled, since the group exists in its "
+            "processes alone: save a state_dict"
+        )
+
+
+class KeptGroup:
+    """An attribute for a process group, or for what stands for one: see :class:`GroupReference`."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        """Learn the name of the attribute."""
+        self._name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        """Return the group; of the class, the default."""
+        value = None if instance is None else instance.__dict__.get(self._name)
+        return value() if isinstance(value, GroupReference) else value
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        """Set the group."""
+        is_group = dist.is_available() and isinstance(value, dist.ProcessGroup)
+        instance.__dict__[self._name] = GroupReference(value) if is_group else value
 
 
 def gathered(tensor: Tensor, group: ProcessGroup | None) -> Tensor:
@@ -171,14 +233,15 @@ class _Sum(torch.autograd.Function):
 class _SideBySide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group, ctx.width = group, values.shape[1]
+        ctx.group, ctx.width = GroupReference(group), values.shape[1]
         return gathered(values, group).transpose(0, 1).flatten(1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         _no_second_derivative()
-        total = gathered(grad, ctx.group).sum(dim=0)
-        first = dist.get_rank(ctx.group) * ctx.width
+        group = ctx.group()
+        total = gathered(grad, group).sum(dim=0)
+        first = dist.get_rank(group) * ctx.width
         return total[:, first : first + ctx.width], None
 
 
@@ -302,7 +365,7 @@ class _Done:
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
-        ctx.counts, ctx.group = counts, group
+        ctx.counts, ctx.group = counts, GroupReference(group)
         most = max(counts)
         if any(count != most for count in counts):
             filler = tensor.new_zeros((most - len(tensor), *tensor.shape[1:]))
@@ -313,6 +376,6 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        own, work = scatter_rows(grad, ctx.counts, ctx.group)
+        own, work = scatter_rows(grad, ctx.counts, ctx.group())
         work.wait()
         return own, None, None

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import arguments
 from .label_parts import columns_of, packed_columns
-from .ranks import ALONE, ProcessGroup, Ranks, gathered
+from .ranks import ALONE, KeptGroup, ProcessGroup, Ranks, gathered
 from .targets import (
     OBSERVED,
     PLAIN_TENSORS,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LabelShard:
     """The labels [begin, end) of num_labels, which this rank of a process group has.
 
@@ -52,14 +52,15 @@ class LabelShard:
         ValueError: the range is not within the labels, or the group is not one of this process.
         RuntimeError: ``torch.distributed`` is not initialised.
 
-    On rank 1 of 4, :meth:`even` of 10 labels is ``LabelShard(10, 3, 6, ...)``.
+    On rank 1 of 4, :meth:`even` of 10 labels is ``LabelShard(10, 3, 6, ...)``. It does not keep the
+    groups from being destroyed.
     """
 
     num_labels: int
     begin: int
     end: int
-    process_group: ProcessGroup = None
-    row_group: ProcessGroup = None
+    process_group: ProcessGroup = KeptGroup()  # noqa: RUF009 (a descriptor)
+    row_group: ProcessGroup = KeptGroup()  # noqa: RUF009 (a descriptor)
 
     def __post_init__(self) -> None:
         """Check everything."""
@@ -92,9 +93,9 @@ class LabelShard:
         begin, end = even_range(num_labels, dist.get_rank(group), dist.get_world_size(group))
         return cls(num_labels, begin, end, group, row_group)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> LabelShard:
-        """Return itself: nothing in it changes, and there are no copies of process groups."""
-        return self
+    def __repr__(self) -> str:
+        """Tell the labels; groups say nothing of themselves."""
+        return f"LabelShard({self.num_labels}, {self.begin}, {self.end}, ...)"
 
     @property
     def width(self) -> int:

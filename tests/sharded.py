@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -393,6 +395,48 @@ def copied_module(rank: Rank) -> bool:
     module = mlloss_cuda.ZLPRLoss(process_group=rank.group, threshold=torch.zeros(()))
     twin = copy.deepcopy(module)
     return twin.process_group is rank.group and twin.threshold is not module.threshold
+
+
+def outlived(rank: Rank) -> list[str]:
+    """What is said by what has been given a process group that has been destroyed since."""
+    group = dist.new_group()
+    shard = LabelShard.even(2 * rank.count, group)
+    module = mlloss_cuda.ZLPRLoss(process_group=group)
+    head = mlloss_cuda.ExtremeLinear(3, 2 * rank.count, process_group=group)
+    logits = torch.zeros(1, 2, requires_grad=True)
+    labels = SparseLabels.from_lists([[1]])
+    hidden = torch.zeros(1, 3, requires_grad=True)
+    linear = mlloss_cuda.linear_sigmoid_cross_entropy
+    losses = [
+        module(logits, labels),
+        mlloss_cuda.multilabel_margin_loss(logits, labels, process_group=shard),
+        linear(hidden, head.weight.detach(), labels, process_group=group),
+        head.loss(hidden, labels),
+    ]
+    alive = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group
+    if alive() is not None:
+        raise AssertionError("it is kept")
+    calls = (shard.ranks, lambda: module(logits, labels), lambda: head.loss(hidden, labels))
+    return [*map(said_by, calls), said_by(losses[1].backward)]
+
+
+def pickled(rank: Rank) -> list[str]:
+    """What is said of an attempt, and what a shard says of itself."""
+    module = mlloss_cuda.ZLPRLoss(process_group=rank.group)
+    shard = LabelShard(10, 2, 4, rank.group)
+    return [*(said_by(lambda it=it: pickle.dumps(it)) for it in (module, shard)), repr(shard)]
+
+
+def many_labels(rank: Rank, begin: int) -> list[list[int]]:
+    """The ids that a shard of eight labels keeps, of more labels than int32 counts."""
+    shard = LabelShard(2**33, begin, begin + 8, rank.group)
+    ids = [3, 2**31 - 1]
+    return [
+        shard.split(SparseLabels.from_lists([ids], dtype=dtype)).indices.tolist()
+        for dtype in (torch.int32, torch.int64)
+    ]
 
 
 def module(rank: Rank) -> float:

@@ -249,6 +249,28 @@ def test_copies_of_modules(ranks: Processes) -> None:
     assert all(ranks.run(2, sharded.copied_module))
 
 
+def test_groups_are_not_kept(ranks: Processes) -> None:
+    """One that outlives its destruction can end the process with an error at its exit."""
+    for said in ranks.run(MOST, sharded.outlived):
+        assert len(said) == 4
+        for message in said:
+            assert message.startswith("RuntimeError: the process group"), message
+            assert message.endswith("has been destroyed")
+
+
+def test_what_has_a_group_is_not_pickled(ranks: Processes) -> None:
+    for *said, shown in ranks.run(1, sharded.pickled):
+        assert all(message.startswith("TypeError: what belongs to a process") for message in said)
+        assert shown == "LabelShard(10, 2, 4, ...)"
+
+
+@pytest.mark.parametrize(
+    ("begin", "kept"), [(0, [3]), (2**31 - 8, [7]), (2**31, []), (2**32, []), (2**33 - 8, [])]
+)
+def test_more_labels_than_int32_counts(begin: int, kept: list[int], ranks: Processes) -> None:
+    assert ranks.run(1, sharded.many_labels, begin) == [[kept, kept]]
+
+
 def test_module(ranks: Processes) -> None:
     # log(1 + e^2) for three labels, and log(1 + e^-2) for the positive one.
     expected = (3 * np.logaddexp(0, 2) + np.logaddexp(0, -2)) / 4
