@@ -24,7 +24,7 @@ from .optimizer import (
 )
 from .ranks import ALONE, ProcessGroup, Ranks, SharedRows
 from .sharded_state import Layout
-from .sharding import LabelShard, as_group, shard_of
+from .sharding import LabelShard, as_group, is_dtensor, shard_of
 from .targets import FLOATING_DTYPES, LabelsLike, stand_in
 
 if TYPE_CHECKING:
@@ -613,12 +613,16 @@ class ExtremeLinear(torch.nn.Module):
         if extra is not None:
             self._check_extra_state(extra)
         layout = self._layout()
+        names = self._state_names(state_dict, prefix)
         if layout is not None:
-            own = {
-                name: layout.own(state_dict[name], name)
-                for name in self._state_names(state_dict, prefix)
-            }
+            own = {name: layout.own(state_dict[name], name) for name in names}
             state_dict = {**state_dict, **own}
+        for name in names:
+            if is_dtensor(state_dict[name]):
+                raise ValueError(
+                    f"{name} is a DTensor, of a head over several ranks, and this head is not: "
+                    "load its full_tensor(), or use torch.distributed.checkpoint"
+                )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _state_names(self, state: dict[str, Any], prefix: str) -> list[str]:

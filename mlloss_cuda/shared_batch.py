@@ -48,7 +48,7 @@ _WHAT = {
 NUMBERS = len(_ALIKE) + len(_SIZES)
 
 # Kinds of what a rank has for its rows, in the numbers of a notice; 0 stands for nothing.
-_BY_ROW, _BY_ELEMENT, _PACKED_WORDS, _ENTRIES, _LISTED_ENTRIES = 1, 2, 3, 4, 5
+_BY_ROW, _BY_ELEMENT, _PACKED_WORDS, _ENTRIES, _LISTED_ENTRIES, _WITHOUT_ROWS = 1, 2, 3, 4, 5, 6
 _KIND_OF_FORMAT = {SPARSE: _ENTRIES, OBSERVED: _LISTED_ENTRIES, PACKED: _PACKED_WORDS}
 
 
@@ -250,6 +250,8 @@ def tell(own: OwnRows, mode: int, wants_gradient: bool, shard: LabelShard) -> No
     for name in ("weight", "pos_weight", "threshold"):
         value = constants.get(name) if name in own.kinds else None
         alike[name] = 0 if value is None else _code(own.kinds[name], value)
+    for name in own.without_rows:  # which are not sent: each rank has its columns
+        alike[name] = _WITHOUT_ROWS * len(TARGET_DTYPES)
     sizes = {
         "rows": len(own.hidden),
         "wants_gradient": int(wants_gradient),

@@ -373,7 +373,10 @@ def errors(rank: Rank) -> list[str]:
         lambda: loss(dense if first else none),
         lambda: loss(dense if first else dense.bool()),
         lambda: loss(mask=dense.bool() if first else None),
+        lambda: loss(mask=None if first else torch.ones(6, dtype=torch.bool)),
         lambda: loss(weight=dense if first else None),
+        lambda: loss(pos_weight=None if first else torch.ones(6)),
+        lambda: loss(pos_weight=torch.ones(6) if first else 2.0).item() >= 0,
         lambda: loss(reduction="sum" if first else "mean"),
         lambda: loss(loss="multilabel_categorical_crossentropy") if first else loss(),
         lambda: loss() if first else head.eval().loss(hidden, none),
@@ -399,6 +402,7 @@ def errors(rank: Rank) -> list[str]:
         ),
         lambda: head(hidden),
         lambda: head.load_state_dict(head.state_dict() | {"bias": torch.zeros(3)}),
+        lambda: ExtremeLinear(FEATURES, 6).load_state_dict(head.state_dict()),
         lambda: ExtremeLinear(3, 4, device_mesh=rank.group),
         lambda: ExtremeLinear(3, 4, process_group="world"),
     ]

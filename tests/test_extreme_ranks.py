@@ -379,7 +379,10 @@ def test_errors(ranks: Processes) -> None:
         alike.format("format and dtype of target"),
         alike.format("format and dtype of target"),
         alike.format("format and dtype of mask"),
+        alike.format("format and dtype of mask"),
         alike.format("format and dtype of weight"),
+        alike.format("format and dtype of pos_weight"),
+        "nothing: True",
         alike.format("reduction"),
         alike.format("loss"),
         mode,
@@ -401,6 +404,7 @@ def test_errors(ranks: Processes) -> None:
         "ValueError: the dtype of the products must be the same on all ranks",
         "RuntimeError: the logits of all labels are nowhere",
         "ValueError: bias must have the 6 labels of all ranks",
+        "ValueError: weight is a DTensor, of a head over several ranks, and this head is not",
         "TypeError: device_mesh must be a torch.distributed.device_mesh.DeviceMesh",
         "TypeError: process_group must be a torch.distributed.ProcessGroup",
     ]
