@@ -92,6 +92,10 @@ def error_of(rank: Rank, rows: Dataset, settings: Settings, **options: Any) -> t
     raise AssertionError("nothing was raised")
 
 
+def train_with_own_seed(rank: Rank, rows: Dataset, settings: Settings) -> tuple[str, str]:
+    return error_of(rank, rows, dataclasses.replace(settings, seed=rank.place))
+
+
 def train_on_own_rows(rank: Rank, rows: Dataset, settings: Settings) -> tuple[str, str]:
     """Ranks that have read different data."""
     return error_of(rank, rows.take(np.arange(rows.num_rows - rank.place)), settings)

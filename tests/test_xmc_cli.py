@@ -350,6 +350,9 @@ def test_malformed_file_as_a_process(folder, tmp_path):
         (["--report", "/proc/r.json"], "/proc/r.json: cannot be written: "),
         (["--report", "r" * 300], "cannot be written: File name too long"),
         (["--cache", "/dev/null"], "/dev/null: Not a directory"),
+        (["--model", "m", "--checkpoint", "./m"], "--model and --checkpoint must not be the same"),
+        (["--report", "r", "--model", "r"], "--report and --model must not be the same, got r"),
+        (["--train", "t", "--report", "t"], "--train and --report must not be the same, got t"),
         (["--train", "/dev/zero"], "/dev/zero: Not a regular file"),
     ],
 )

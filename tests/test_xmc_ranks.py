@@ -264,6 +264,13 @@ def test_ranks_with_other_data(tiny: Dataset, ranks: Processes) -> None:
         assert message.startswith("train must be the same on all ranks, got [300, 200, 50, ")
 
 
+def test_ranks_with_other_settings(tiny: Dataset, ranks: Processes) -> None:
+    """The one that differs is named, not all of them."""
+    for said in ranks.run(2, team.train_with_own_seed, tiny, QUICK):
+        message = "seed must be the same on all ranks, got 0 on rank 0 and 1 on rank 1"
+        assert said == ("ValueError", message)
+
+
 # ---- Checkpoints ---------------------------------------------------------------------------------
 
 
@@ -336,8 +343,9 @@ class TestCheckpoints:
         ranks.run(2, functools.partial(team.train, stop=3, **options), tiny, QUICK)
         shutil.copytree(path / "state-3", path / "state-2")
         shutil.copytree(path / "state-3", path / ".partial")
+        shutil.copytree(path / "state-3", path / "state-3.bak")
         on_ranks(ranks, 2, tiny, QUICK, **options)
-        assert [state.name for state in path.iterdir()] == ["state-12"]
+        assert sorted(state.name for state in path.iterdir()) == ["state-12", "state-3.bak"]
 
     @pytest.mark.filterwarnings("ignore:.*made with ranks")
     def test_damage(self, tiny: Dataset, ranks: Processes, tmp_path: Path) -> None:

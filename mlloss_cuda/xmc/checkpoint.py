@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import time
 import warnings
@@ -259,8 +260,9 @@ def check_checkpoint(path: Path) -> None:
 
 
 def _states(folder: Path) -> list[Path]:
-    """Complete ones."""
-    return list(folder.glob(f"{STATE}*"))
+    """Complete ones; names that are almost like theirs are somebody else's."""
+    found = folder.glob(f"{STATE}*")
+    return [path for path in found if re.fullmatch(r"\d+", path.name.removeprefix(STATE))]
 
 
 def _number(state: Path) -> int:

@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -210,6 +211,7 @@ def _train(options: argparse.Namespace) -> None:
     settings = _settings(options)
     if settings.patience is not None and options.validation is None:
         raise ValueError("--patience needs --validation, the rows that tell when to stop")
+    _check_paths(options)
     if options.report is not None:
         check_writable(options.report)  # not only after all the training
     if options.checkpoint is not None:
@@ -254,6 +256,23 @@ def _train(options: argparse.Namespace) -> None:
     if options.model is not None:
         classifier.save(options.model)
     team.wait()  # all of them are done
+
+
+def _check_paths(options: argparse.Namespace) -> None:
+    """Raise ValueError where a run would write over what it reads, or writes elsewhere."""
+    flags: dict[Path, str] = {}
+    for name in (*_READ, *_WRITTEN):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        other = flags.setdefault(path.resolve(), flag)
+        if name in _WRITTEN and other != flag:
+            raise ValueError(f"{other} and {flag} must not be the same, got {path}")
+
+
+_READ = ("train", "train_labels", "test", "test_labels", "config")
+_WRITTEN = ("report", "model", "checkpoint", "tensorboard")
 
 
 def _read_rows(options: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset | None]:

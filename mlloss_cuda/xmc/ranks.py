@@ -96,6 +96,9 @@ class Team:
     def check_alike(self, **facts: Any) -> None:
         """Look at what has to be the same on all ranks.
 
+        Args:
+            facts: by their names.
+
         Raises:
             ValueError: it is not, on any of them: raised on all.
         """

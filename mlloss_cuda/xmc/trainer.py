@@ -125,7 +125,7 @@ def fit_in(
     if not checkpoint_minutes >= 0:
         raise ValueError(f"checkpoint_minutes must not be negative, got {checkpoint_minutes}")
     team.check_alike(
-        settings=dataclasses.asdict(settings),
+        **dataclasses.asdict(settings),
         train=_sizes(train),
         evaluate_on=None if evaluate_on is None else _sizes(evaluate_on),
         checkpoint=checkpoint is not None,
