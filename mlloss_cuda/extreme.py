@@ -617,12 +617,11 @@ class ExtremeLinear(torch.nn.Module):
         if layout is not None:
             own = {name: layout.own(state_dict[name], name) for name in names}
             state_dict = {**state_dict, **own}
-        for name in names:
-            if is_dtensor(state_dict[name]):
-                raise ValueError(
-                    f"{name} is a DTensor, of a head over several ranks, and this head is not: "
-                    "load its full_tensor(), or use torch.distributed.checkpoint"
-                )
+        elif spread := [name for name in names if is_dtensor(state_dict[name])]:
+            raise ValueError(
+                f"{spread[0]} is a DTensor, of a head over several ranks, and this head is not: "
+                "load its full_tensor(), or use torch.distributed.checkpoint"
+            )
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def _state_names(self, state: dict[str, Any], prefix: str) -> list[str]:

@@ -48,7 +48,8 @@ def columns_of(
     local = ids - begin
     outside = ids >= num_labels
     kept = ((local >= 0) & (local < width)) | outside
-    local = torch.where(outside, torch.iinfo(indices.dtype).max, local)
+    # What is kept fits into the dtype; nobody reads the others.
+    local = torch.where(outside, torch.iinfo(indices.dtype).max, local).to(indices.dtype)
     # How many are kept before each entry, and so the place that it gets; others share a last one.
     before = torch.nn.functional.pad(kept.cumsum(0), (1, 0))
     places = torch.where(kept, before[:-1], entries)
@@ -59,8 +60,6 @@ def columns_of(
     def moved(own: Tensor, filler: float) -> Tensor:
         return own.new_full((entries + 1,), filler).scatter_(0, places, own)[:count]
 
-    # What is kept fits; of the others, only the place that nobody reads gets something.
-    local = torch.where(kept, local, -1).to(indices.dtype)
     return labels._replace(
         indices=moved(local, -1),
         offsets=boundaries,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import functional
-from .ranks import KeptGroup
+from .ranks import GroupAttribute
 from .sharding import Group
 from .targets import LabelsLike
 
@@ -20,7 +20,7 @@ class _Loss(torch.nn.Module):
     They keep their dtype: a model in half precision still has a normalizer of 1001 samples.
     """
 
-    process_group = KeptGroup()
+    process_group = GroupAttribute()
 
     def __init__(self, **constants: object) -> None:
         super().__init__()

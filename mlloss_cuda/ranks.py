@@ -53,14 +53,6 @@ class GroupReference:
             raise RuntimeError("the process group of these labels has been destroyed")
         return group
 
-    def __eq__(self, other: object) -> bool:
-        """Whether it is the same group."""
-        return isinstance(other, GroupReference) and self._group == other._group
-
-    def __hash__(self) -> int:
-        """That of the group."""
-        return hash(self._group)
-
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupReference:
         """Return itself: there are no copies of process groups."""
         return self
@@ -73,8 +65,8 @@ class GroupReference:
         )
 
 
-class KeptGroup:
-    """An attribute for a process group, or for what stands for one: see :class:`GroupReference`."""
+class GroupAttribute:
+    """An attribute for a process group, which it does not keep, or for what stands for one."""
 
     def __set_name__(self, owner: type, name: str) -> None:
         """Learn the name of the attribute."""

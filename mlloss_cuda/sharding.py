@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import arguments
 from .label_parts import columns_of, packed_columns
-from .ranks import ALONE, KeptGroup, ProcessGroup, Ranks, gathered
+from .ranks import ALONE, GroupAttribute, ProcessGroup, Ranks, gathered
 from .targets import (
     OBSERVED,
     PLAIN_TENSORS,
@@ -59,8 +59,8 @@ class LabelShard:
     num_labels: int
     begin: int
     end: int
-    process_group: ProcessGroup = KeptGroup()  # noqa: RUF009 (a descriptor)
-    row_group: ProcessGroup = KeptGroup()  # noqa: RUF009 (a descriptor)
+    process_group: ProcessGroup = GroupAttribute()  # noqa: RUF009 (a descriptor)
+    row_group: ProcessGroup = GroupAttribute()  # noqa: RUF009 (a descriptor)
 
     def __post_init__(self) -> None:
         """Check everything."""

@@ -12,7 +12,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
@@ -258,21 +257,21 @@ def _train(options: argparse.Namespace) -> None:
     team.wait()  # all of them are done
 
 
+_READ = ("train", "train_labels", "test", "test_labels", "config")
+_WRITTEN = ("report", "model", "checkpoint", "tensorboard")
+
+
 def _check_paths(options: argparse.Namespace) -> None:
     """Raise ValueError where a run would write over what it reads, or writes elsewhere."""
-    flags: dict[Path, str] = {}
+    flags: dict[str, str] = {}
     for name in (*_READ, *_WRITTEN):
         path = getattr(options, name)
         if path is None:
             continue
         flag = f"--{name.replace('_', '-')}"
-        other = flags.setdefault(path.resolve(), flag)
+        other = flags.setdefault(os.path.realpath(path), flag)
         if name in _WRITTEN and other != flag:
             raise ValueError(f"{other} and {flag} must not be the same, got {path}")
-
-
-_READ = ("train", "train_labels", "test", "test_labels", "config")
-_WRITTEN = ("report", "model", "checkpoint", "tensorboard")
 
 
 def _read_rows(options: argparse.Namespace) -> tuple[Dataset, Dataset, Dataset | None]:
